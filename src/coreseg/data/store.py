@@ -1,0 +1,170 @@
+"""A data set on disk: one folder, one row of `metadata.jsonl` per (image, category).
+
+    metadata.jsonl   one JSON object a line, the fields of `coreseg.types.Sample`
+    images/          the pictures
+    masks/           one 0/255 PNG per row, of the picture's size; all zero where the lesion is absent
+    sources.json     optional: title, origin, licence and notes of each source
+
+The image-folder loader of the `datasets` library opens the folder unchanged.
+
+Source: our choice (the paper's metadata per sample, plus source, licence, case and split).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from coreseg.errors import DataError
+from coreseg.imaging import read_header, read_image, read_mask
+from coreseg.types import Box, Sample
+
+METADATA = "metadata.jsonl"
+SPLITS = ("train", "val", "test")
+
+_FIELDS = tuple(field.name for field in fields(Sample))
+_NEVER_EMPTY = ("file_name", "mask_file_name", "category", "source")
+
+
+@dataclass(frozen=True)
+class LesionSet:
+    """An open data set: its folder and its rows, in file order. Pictures are read when asked for."""
+
+    root: Path
+    samples: tuple[Sample, ...]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "LesionSet":
+        """Read and validate every row; pictures are not touched (`coreseg.data.check` does that).
+
+        Raises DataError naming the row and field where a row breaks the contract, and where there is no data set.
+        """
+        root = Path(path)
+        metadata = root / METADATA
+        if not metadata.is_file():
+            raise DataError(
+                f"{root}: no {METADATA} in it, so this is no data set. Expected a folder with {METADATA}, images/ and "
+                "masks/: make one from images and masks with `coreseg data import`."
+            )
+        lines = _read_text(metadata).split("\n")
+        rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+        if not rows:
+            raise DataError(
+                f"{metadata}: the file has no rows. Expected one JSON object a line: import the data again."
+            )
+        samples = tuple(_parse_row(line, f"{metadata} row {number}") for number, line in rows)
+        _refuse_repeats(samples, [number for number, _ in rows], metadata)
+        return cls(root, samples)
+
+    def split(self, name: str) -> tuple[Sample, ...]:
+        """The rows of one split, train, val or test; none where the set has no such rows.
+
+        Raises DataError for another name.
+        """
+        if name not in SPLITS:
+            raise DataError(f"There is no split {name!r}: expected one of {', '.join(SPLITS)}.")
+        return tuple(sample for sample in self.samples if sample.split == name)
+
+    def image(self, sample: Sample) -> UInt8[np.ndarray, "height width 3"]:
+        """The picture of a row, upright RGB.
+
+        Raises DataError where the file is missing, InputError where it cannot be read.
+        """
+        return read_image(self._file(sample.file_name))
+
+    def mask(self, sample: Sample) -> Bool[np.ndarray, "height width"]:
+        """The mask of a row, at its picture's size.
+
+        Raises DataError where a file is missing or the sizes differ, InputError where a file cannot be read.
+        """
+        mask = read_mask(self._file(sample.mask_file_name))
+        width, height = read_header(self._file(sample.file_name)).size_wh
+        if mask.shape != (height, width):
+            raise DataError(
+                f"{self.root / sample.mask_file_name}: the mask is {mask.shape[1]}x{mask.shape[0]} px, its image "
+                f"{sample.file_name} {width}x{height} px. Expected one size: import the two again."
+            )
+        return mask
+
+    def _file(self, name: str) -> Path:
+        path = self.root / name
+        if not path.is_file():
+            raise DataError(f"{path}: listed in {METADATA}, but missing. Restore the file, or import the data again.")
+        return path
+
+
+def write_set(root: Path, samples: Sequence[Sample]) -> None:
+    """Write `metadata.jsonl` for pictures that are already in `root`, replacing one that is there.
+
+    Raises DataError where a row would not open again.
+    """
+    lines = [json.dumps(asdict(sample), ensure_ascii=False) for sample in samples]
+    for number, line in enumerate(lines, start=1):
+        _parse_row(line, f"{root / METADATA} row {number}")
+    _refuse_repeats(samples, range(1, len(samples) + 1), root / METADATA)
+    (root / METADATA).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: the file cannot be read as UTF-8 text ({error}). Import the data again.") from error
+
+
+def _parse_row(line: str, where: str) -> Sample:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error}). Expected one object a line: correct the row.") from error
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{where}: a JSON {type(row).__name__}, expected an object with the fields {', '.join(_FIELDS)}."
+        )
+    for name in _FIELDS:
+        if name not in row:
+            raise DataError(f"{where}: the field {name!r} is missing. Every row has {', '.join(_FIELDS)}: add it.")
+        if name != "boxes" and not isinstance(row[name], str):
+            raise DataError(f"{where}: {name!r} is {row[name]!r}, expected text. Correct the row.")
+        if name in _NEVER_EMPTY and not row[name].strip():
+            raise DataError(f"{where}: {name!r} is empty. Fill it in.")
+    if row["split"] not in SPLITS:
+        raise DataError(f"{where}: 'split' is {row['split']!r}, expected one of {', '.join(SPLITS)}. Correct the row.")
+    for name in ("file_name", "mask_file_name"):
+        _refuse_outside(row[name], f"{where}: {name!r}")
+    boxes = _parse_boxes(row["boxes"], where)
+    return Sample(**{**{name: row[name] for name in _FIELDS}, "boxes": boxes})
+
+
+def _refuse_outside(name: str, where: str) -> None:
+    # A data set may come from anyone: a row must not make us read a file elsewhere. Both conventions, on any system.
+    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor != ""
+    if absolute or ".." in PureWindowsPath(name).parts:
+        raise DataError(f"{where} is {name!r}, expected a path inside the data set's folder. Correct the row.")
+
+
+def _parse_boxes(value: object, where: str) -> tuple[Box, ...]:
+    boxes: list[Any] = value if isinstance(value, list) else [value]
+    for box in boxes:
+        four = isinstance(box, list) and len(box) == 4 and all(type(edge) is int for edge in box)
+        if not four or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
+            raise DataError(
+                f"{where}: 'boxes' holds {box!r}, expected lists [x1, y1, x2, y2] of whole pixels with 0 <= x1 < x2 "
+                "and 0 <= y1 < y2. Correct the row."
+            )
+    return tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in boxes)
+
+
+def _refuse_repeats(samples: Sequence[Sample], numbers: Sequence[int], metadata: Path) -> None:
+    seen: dict[tuple[str, str], int] = {}
+    for sample, number in zip(samples, numbers, strict=True):
+        first = seen.setdefault((sample.file_name, sample.category), number)
+        if first != number:
+            raise DataError(
+                f"{metadata} row {number}: 'file_name' {sample.file_name!r} with 'category' {sample.category!r} stands "
+                f"in row {first} already. One row is one image and one category: join the masks, or drop a row."
+            )

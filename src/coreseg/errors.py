@@ -1,0 +1,35 @@
+"""Every error this package raises on purpose.
+
+    CoreSegError            anything a user can mend; the command line prints it as one line and exits with 2
+    ├── InputError          an image, mask or question that cannot be used
+    ├── DataError           a data set, or a row of one, that breaks the on-disk contract
+    ├── ModelError          a checkpoint that is missing, incomplete or not a CORE-Seg
+    ├── ConfigError         a setting that is unknown, of the wrong type or out of range
+    └── MissingExtraError   an optional dependency that is not installed
+
+A malformed answer of a model is none of these: it is a recorded result (see `coreseg.answer.parse`).
+"""
+
+
+class CoreSegError(Exception):
+    """Base of the tree. The message says what came, what was expected and what to do next."""
+
+
+class InputError(CoreSegError):
+    """An image, mask or question cannot be used."""
+
+
+class DataError(CoreSegError):
+    """A data set, or one row of it, breaks the on-disk contract."""
+
+
+class ModelError(CoreSegError):
+    """A checkpoint is missing, incomplete, or not what was asked for."""
+
+
+class ConfigError(CoreSegError):
+    """A configuration value is unknown, of the wrong type, or out of range."""
+
+
+class MissingExtraError(CoreSegError):
+    """An optional dependency is needed; the message gives the `pip install` that brings it."""

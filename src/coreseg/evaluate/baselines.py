@@ -1,0 +1,132 @@
+"""What can be scored without looking: a model that does not beat this has not learned to see."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from coreseg.answer import answer_sentence, render
+from coreseg.data.store import LesionSet
+from coreseg.errors import DataError
+from coreseg.evaluate.run import Images
+from coreseg.types import Answer, Box, Result, Sample
+
+GRID = 128
+"""Side of the square that all training masks are brought to; finer than any mean of them has detail."""
+_THRESHOLDS = np.linspace(0.02, 0.98, 49)
+_REASONING = "The usual place of this lesion, without a look at the image."
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Where the lesions of one category usually are.
+
+    mean_mask: share of the training images with lesion there, over the frame squeezed to `GRID` x `GRID`.
+    threshold: the guess is where `mean_mask` is at least this; it gives the best mean Dice on the training rows.
+    box: `x1, y1, x2, y2` in [0, 1] of width and height: the mean of each row's largest box.
+    """
+
+    mean_mask: Float[np.ndarray, "grid grid"]
+    threshold: float
+    box: Float[np.ndarray, "4"]
+
+
+@dataclass(frozen=True)
+class BlindBaseline:
+    """Answers from the category alone: its mean training mask and its mean box; the image gives only its size.
+
+    A category that training lacks gets the guess over all categories. Always says that the lesion is there. Our
+    choice throughout.
+    """
+
+    by_category: Mapping[str, Guess]
+    overall: Guess
+    settings: Mapping[str, Any]
+    name: str = "blind"
+
+    @classmethod
+    def fit(cls, lesion_set: LesionSet, split: str = "train") -> "BlindBaseline":
+        """Measure the lesion-bearing rows of `split`. Raises DataError where there are none."""
+        rows = [sample for sample in lesion_set.split(split) if sample.boxes]
+        if not rows:
+            raise DataError(f"the set at {lesion_set.root} shows no lesion in split {split!r} to fit a blind guess on")
+        masks = [lesion_set.mask(sample) for sample in rows]
+        shares = np.stack([_resized(mask, GRID, GRID) for mask in masks])
+        boxes = np.stack([_largest_box(sample.boxes, mask) for sample, mask in zip(rows, masks, strict=True)])
+        categories = np.array([sample.category for sample in rows])
+        return cls(
+            {
+                str(category): _guess(shares[categories == category], boxes[categories == category])
+                for category in np.unique(categories)
+            },
+            _guess(shares, boxes),
+            {"split": split, "rows": len(rows)},
+        )
+
+    def predict(self, samples: Sequence[Sample], images: Images, questions: Sequence[str]) -> Sequence[Result]:
+        """See `coreseg.evaluate.Predictor`; of the samples only the category is used, the questions not at all."""
+        return [self._result(sample.category, image) for sample, image in zip(samples, images, strict=True)]
+
+    def _result(self, category: str, image: np.ndarray) -> Result:
+        start = time.perf_counter()
+        guess = self.by_category.get(category, self.overall)
+        height, width = image.shape[:2]
+        box = _in_pixels(guess.box, width, height)
+        answer = Answer(category, (box,), _REASONING, found=True)
+        return Result(
+            mask=_resized(guess.mean_mask, height, width) >= guess.threshold,
+            boxes=np.array([box]),
+            reasoning=_REASONING,
+            answer=answer_sentence(answer),
+            text=render(answer),
+            found=True,
+            valid=True,
+            seconds=time.perf_counter() - start,
+            image=image,
+        )
+
+
+def _guess(shares: Float[np.ndarray, "rows grid grid"], boxes: Float[np.ndarray, "rows 4"]) -> Guess:
+    mean_mask = shares.mean(axis=0)
+    # Tiny lesions that wander leave a faint mean, so the candidates are shares of its maximum.
+    candidates = _THRESHOLDS * mean_mask.max()
+    guesses = (mean_mask.ravel() >= candidates[:, None]).astype(np.float32)
+    references = shares.reshape(len(shares), -1)
+    areas = guesses.sum(axis=1) + references.sum(axis=1)[:, None]
+    mean_dice = (2 * references @ guesses.T / areas).mean(axis=0)
+    return Guess(mean_mask, float(candidates[mean_dice.argmax()]), boxes.mean(axis=0))
+
+
+def _resized(
+    values: Float[np.ndarray, "_ _"] | Bool[np.ndarray, "_ _"], height: int, width: int
+) -> Float[np.ndarray, "height width"]:
+    """Each cell of the new grid is the mean over its area, so that the smallest lesion still counts for its area."""
+    resized: Float[np.ndarray, "height width"] = (
+        _shares(values.shape[0], height) @ values.astype(np.float32) @ _shares(values.shape[1], width).T
+    )
+    return resized
+
+
+@lru_cache
+def _shares(cells: int, new_cells: int) -> Float[np.ndarray, "new_cells cells"]:
+    """Which share of each new cell each old one covers, along an axis of length 1."""
+    old, new = np.linspace(0, 1, cells + 1), np.linspace(0, 1, new_cells + 1)[:, None]
+    covered = np.minimum(old[1:], new[1:]) - np.maximum(old[:-1], new[:-1])
+    shares: Float[np.ndarray, "new_cells cells"] = (covered.clip(min=0) * new_cells).astype(np.float32)
+    return shares
+
+
+def _largest_box(boxes: Sequence[Box], mask: Bool[np.ndarray, "height width"]) -> Float[np.ndarray, "4"]:
+    height, width = mask.shape
+    x1, y1, x2, y2 = max(boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
+    return np.array([x1 / width, y1 / height, x2 / width, y2 / height])
+
+
+def _in_pixels(box: Float[np.ndarray, "4"], width: int, height: int) -> Box:
+    """The box in whole pixels, inside the image and with area."""
+    x1, y1 = min(round(box[0] * width), width - 1), min(round(box[1] * height), height - 1)
+    return x1, y1, max(round(box[2] * width), x1 + 1), max(round(box[3] * height), y1 + 1)

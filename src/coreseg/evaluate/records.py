@@ -1,0 +1,194 @@
+"""What one answer's record holds, and what records add up to.
+
+Source: mDice, mIoU and failure rate are the paper's. Our choice: every other figure, because a small or lucky model
+must not look good.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from coreseg.metrics import Interval, bootstrap_interval, is_failure, macro_bootstrap_interval, macro_mean
+from coreseg.types import Box
+
+NEAR_MISS_DICE = 0.05
+"""Below this the overlap is an accident. Source: the paper's segment reward switches to boxes there."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question about one row, its answer and its scores in [0, 1].
+
+    attribute: empty for the question about the whole category, else which lesions it asked for, such as "largest".
+    lesion_share: foreground of the asked mask over the image's area; 0 on a lesion-free sample.
+    predicted_share: the same of the answered mask; 0 where the form is invalid.
+    wrong_category: the answer has a valid form and names another category than the asked one.
+    boxes: as written, in original pixels.
+    whole_dice: attribute questions only: what the reference mask of the whole category scores against the asked one.
+    plain_dice: attribute questions only: the same of the mask that this predictor gave to the plain question.
+    """
+
+    file_name: str
+    mask_file_name: str
+    source: str
+    modality: str
+    anatomy: str
+    category: str
+    case: str
+    attribute: str
+    question: str
+    lesion_share: float
+    text: str
+    valid: bool
+    found: bool
+    wrong_category: bool
+    predicted_share: float
+    dice: float
+    iou: float
+    detect: float
+    boxes: tuple[Box, ...]
+    seconds: float
+    whole_dice: float | None = None
+    plain_dice: float | None = None
+
+    @property
+    def drawn_with(self) -> str:
+        """What a bootstrap draws as one: the case, or the image where the case is unknown.
+
+        So that several questions about one image do not pass for several images.
+        """
+        return self.case or self.file_name
+
+
+Figure = dict[str, float]
+"""`mean` with its 95 % interval, `low` and `high`, by case; in % of the scores' unit."""
+
+_SCORES: dict[str, Callable[[Record], float]] = {
+    "dice": lambda record: record.dice,
+    "iou": lambda record: record.iou,
+    "detect": lambda record: record.detect,
+    "failure": lambda record: is_failure(record.dice, record.valid),
+    "invalid": lambda record: not record.valid,
+    "missed": lambda record: record.valid and is_failure(record.dice, record.valid),
+    "near_miss": lambda record: record.dice < NEAR_MISS_DICE,
+    "wrong_category": lambda record: record.wrong_category,
+}
+
+
+def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, Any]:
+    """What the records add up to, as plain JSON; figures in % with their intervals.
+
+    - `n`, `n_lesion`, `n_lesion_free`: rows, and how many of them show the lesion or do not.
+    - `pooled`, `macro`: every score of the lesion-bearing rows, as the mean over rows and over the means of the sets.
+      `failure` = `invalid` form + `missed` (valid form, Dice 0); `near_miss` = Dice below 0.05, failures included.
+    - `by`: the pooled scores within each source, modality, anatomy, category and lesion-size quartile.
+    - `presence`: `specificity` = lesion-free rows with an empty mask, also by source; `sensitivity` = lesion-bearing
+      rows that were called found and given a mask. Lesion-free rows enter nothing else. An invalid answer counts as an
+      empty mask here too, so `invalid_lesion_free` stands beside.
+    - `attributes`: the attribute questions apart, see `_attributes`.
+    - `seconds_median`: wall time per image.
+
+    A block without rows is None.
+    """
+    plain = [record for record in records if not record.attribute]
+    lesion = [record for record in plain if record.lesion_share > 0]
+    return {
+        "n": len(plain),
+        "n_lesion": len(lesion),
+        "n_lesion_free": len(plain) - len(lesion),
+        "pooled": _pooled(lesion, seed) if lesion else None,
+        "macro": _macro(lesion, seed) if lesion else None,
+        "by": {
+            **{part: _by(lesion, attrgetter(part), seed) for part in _PARTS},
+            "size": _by(lesion, _size_quartile(lesion), seed),
+        },
+        "presence": _presence(lesion, [record for record in plain if record.lesion_share == 0], seed),
+        "attributes": _attributes([record for record in records if record.attribute], seed),
+        "seconds_median": median(record.seconds for record in plain) if plain else None,
+    }
+
+
+_PARTS = ("source", "modality", "anatomy", "category")
+
+
+def _figure(records: Sequence[Record], score: Callable[[Record], float], seed: int) -> Figure:
+    values = [float(score(record)) for record in records]
+    return _percent(float(np.mean(values)), bootstrap_interval(values, [record.drawn_with for record in records], seed))
+
+
+def _percent(mean: float, interval: Interval) -> Figure:
+    return {"mean": 100 * mean, "low": 100 * interval.low, "high": 100 * interval.high}
+
+
+def _pooled(records: Sequence[Record], seed: int) -> dict[str, Any]:
+    return {"n": len(records), **{name: _figure(records, score, seed) for name, score in _SCORES.items()}}
+
+
+def _macro(records: Sequence[Record], seed: int) -> dict[str, Any]:
+    sets, cases = [record.source for record in records], [record.drawn_with for record in records]
+    figures = {}
+    for name, score in _SCORES.items():
+        values = [float(score(record)) for record in records]
+        figures[name] = _percent(macro_mean(values, sets), macro_bootstrap_interval(values, cases, sets, seed))
+    return {"sets": len(set(sets)), **figures}
+
+
+def _by(records: Sequence[Record], part: Callable[[Record], str], seed: int) -> dict[str, Any]:
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(part(record), []).append(record)
+    return {name: _pooled(groups[name], seed) for name in sorted(groups)}
+
+
+def _size_quartile(records: Sequence[Record]) -> Callable[[Record], str]:
+    """Names the quarter of the lesion-bearing rows, by share of the image, that a row's lesions fall in."""
+    shares = [record.lesion_share for record in records] or [0.0]
+    edges = np.quantile(shares, [0, 0.25, 0.5, 0.75, 1])
+
+    def name(record: Record) -> str:
+        quarter = int(np.searchsorted(edges[1:-1], record.lesion_share))
+        return f"Q{quarter + 1}: {100 * edges[quarter]:.3g} to {100 * edges[quarter + 1]:.3g} % of the image"
+
+    return name
+
+
+def _presence(lesion: Sequence[Record], lesion_free: Sequence[Record], seed: int) -> dict[str, Any]:
+    def empty(record: Record) -> bool:
+        return record.predicted_share == 0
+
+    sources = sorted({record.source for record in lesion_free})
+    return {
+        "sensitivity": _figure(lesion, lambda record: record.found and not empty(record), seed) if lesion else None,
+        "specificity": _figure(lesion_free, empty, seed) if lesion_free else None,
+        "invalid_lesion_free": _figure(lesion_free, _SCORES["invalid"], seed) if lesion_free else None,
+        "specificity_by_source": {
+            source: _figure([record for record in lesion_free if record.source == source], empty, seed)
+            for source in sources
+        },
+    }
+
+
+def _attributes(records: Sequence[Record], seed: int) -> dict[str, Any] | None:
+    """Scores of the questions about some of the lesions, with what ignoring the attribute would have got.
+
+    `whole`: the perfect mask of the whole category. `plain`: this predictor's own mask of the whole category.
+    `gain`: Dice less `plain`, paired; about 0 means that the attribute was not understood. `by`: gain by attribute.
+    """
+    if not records:
+        return None
+
+    def gain(record: Record) -> float:
+        return record.dice - (record.plain_dice or 0.0)
+
+    kinds = sorted({record.attribute for record in records})
+    return {
+        **_pooled(records, seed),
+        "whole": _figure(records, lambda record: record.whole_dice or 0.0, seed),
+        "plain": _figure(records, lambda record: record.plain_dice or 0.0, seed),
+        "gain": _figure(records, gain, seed),
+        "by": {kind: _figure([record for record in records if record.attribute == kind], gain, seed) for kind in kinds},
+    }

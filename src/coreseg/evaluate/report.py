@@ -1,0 +1,186 @@
+"""Figures for people (tables as in papers, %, one decimal, 95 % interval in brackets) and for programs (JSON)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from coreseg.data.store import LesionSet
+from coreseg.evaluate.baselines import BlindBaseline
+from coreseg.evaluate.run import Evaluation, Predictor, evaluate
+from coreseg.metrics import bootstrap_interval, macro_bootstrap_interval, macro_mean
+
+_WIDTH = 120
+_FIGURE_WIDTH = len("100.0 [100.0, 100.0]")
+_HEADLINES = {
+    "dice": "mDice",
+    "iou": "mIoU",
+    "failure": "failure rate",
+    "invalid": "  invalid form",
+    "missed": "  missed, Dice 0",
+    "near_miss": "Dice below 0.05",
+    "detect": "detect score",
+    "wrong_category": "wrong category",
+}
+_PRESENCE = {"sensitivity": "sensitivity", "specificity": "specificity", "invalid_lesion_free": "  invalid form"}
+_ATTRIBUTES = {
+    "dice": "mDice",
+    "plain": "  its own mask of the whole category",
+    "gain": "  gain over that",
+    "whole": "  the perfect mask of the whole category",
+    "failure": "failure rate",
+    "detect": "detect score",
+}
+_TITLES = {
+    "source": "By set",
+    "modality": "By modality",
+    "anatomy": "By anatomy",
+    "category": "By category",
+    "size": "By lesion size, quarters of the rows",
+}
+
+
+def evaluate_and_report(
+    lesion_set: LesionSet,
+    predictor: Predictor,
+    *,
+    split: str = "val",
+    out: Path | None = None,
+    console: Console | None = None,
+    baselines: Sequence[Predictor] = (),
+    **options: Any,
+) -> Evaluation:
+    """`evaluate` the predictor and, beside it, the blind guess of the training split and any further `baselines`.
+
+    Prints the tables to `console`, where one is given. With `out`, writes there `records.jsonl` and `summary.json`,
+    and each baseline's records in a folder of its name. `options` are those of `evaluate`. The blind guess is left
+    out where the set has no lesion in a split "train". Returns the predictor's evaluation; raises as `evaluate`.
+    """
+    has_train = any(sample.boxes for sample in lesion_set.split("train"))
+    others = [*([BlindBaseline.fit(lesion_set)] if has_train else []), *baselines]
+    evaluation = evaluate(lesion_set, predictor, split=split, out=out, **options)
+    beside = [evaluate(lesion_set, other, split=split, out=out and out / other.name, **options) for other in others]
+    if console:
+        print_table(evaluation, beside, console)
+    if out:
+        write_summary(out / "summary.json", evaluation, beside)
+    return evaluation
+
+
+def write_summary(path: Path, evaluation: Evaluation, baselines: Sequence[Evaluation] = ()) -> None:
+    """Write settings and figures (see `coreseg.evaluate.summarise`) of an evaluation and its baselines as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(summary(evaluation, baselines), indent=2) + "\n")
+
+
+def summary(evaluation: Evaluation, baselines: Sequence[Evaluation] = ()) -> dict[str, Any]:
+    """What `write_summary` writes."""
+    return {
+        "settings": evaluation.settings,
+        **evaluation.summary,
+        "baselines": {
+            each.name: {"settings": each.settings, **each.summary, "gain": gain(evaluation, each)} for each in baselines
+        },
+    }
+
+
+def gain(evaluation: Evaluation, baseline: Evaluation) -> dict[str, dict[str, float]] | None:
+    """By how much Dice is above the baseline's on the same lesion-bearing rows, paired, pooled and macro, in %.
+
+    None where they share no such row.
+    """
+    theirs = {(each.file_name, each.category): each.dice for each in baseline.records if not each.attribute}
+    rows = [
+        each
+        for each in evaluation.records
+        if not each.attribute and each.lesion_share > 0 and (each.file_name, each.category) in theirs
+    ]
+    if not rows:
+        return None
+    gains = [100 * (each.dice - theirs[each.file_name, each.category]) for each in rows]
+    cases, sets = [each.drawn_with for each in rows], [each.source for each in rows]
+    return {
+        "pooled": {"mean": sum(gains) / len(gains), **asdict(bootstrap_interval(gains, cases))},
+        "macro": {"mean": macro_mean(gains, sets), **asdict(macro_bootstrap_interval(gains, cases, sets))},
+    }
+
+
+def print_table(evaluation: Evaluation, baselines: Sequence[Evaluation] = (), console: Console | None = None) -> None:
+    """Print every figure beside the baselines', to the terminal unless a console is given; 120 columns do."""
+    console = console or Console(width=_WIDTH)
+    figures = evaluation.summary
+    console.print(
+        f"{escape(evaluation.name)} on split {evaluation.settings['split']!r}: {figures['n_lesion']} rows with "
+        f"the lesion, {figures['n_lesion_free']} without; {figures['seconds_median']:.3f} s per image. "
+        "In %, 95 % intervals by case; unknown cases count as one each, which narrows them."
+    )
+    columns = [evaluation, *baselines]
+    for table in (
+        _headline_table("Rows with the lesion, pooled", "pooled", columns),
+        _headline_table("Rows with the lesion, mean of the sets", "macro", columns),
+        _block_table("Is it there?", _PRESENCE, "presence", columns),
+        _block_table("Questions about some of the lesions", _ATTRIBUTES, "attributes", columns),
+        *(_part_table(title, part, columns) for part, title in _TITLES.items()),
+    ):
+        if table.row_count:
+            console.print(table)
+
+
+def _headline_table(title: str, mean: str, columns: Sequence[Evaluation]) -> Table:
+    table = _table(title, [each.name for each in columns])
+    if columns[0].summary[mean]:
+        for key, label in _HEADLINES.items():
+            table.add_row(label, *(_cell(each.summary[mean][key]) for each in columns))
+        gains = [gain(columns[0], each) for each in columns[1:]]
+        if gains:
+            cells = [_cell(each[mean] if each else None, sign=True) for each in gains]
+            table.add_row("mDice gained, paired", "", *cells)
+    return table
+
+
+def _block_table(title: str, rows: Mapping[str, str], block: str, columns: Sequence[Evaluation]) -> Table:
+    table = _table(title, [each.name for each in columns])
+    figures = [each.summary[block] or {} for each in columns]
+    for key, label in rows.items():
+        if any(each.get(key) for each in figures):
+            table.add_row(label, *(_cell(each.get(key), sign=key == "gain") for each in figures))
+    return table
+
+
+def _part_table(title: str, part: str, columns: Sequence[Evaluation]) -> Table:
+    """The scores of the first column in full, and the mDice of the others."""
+    others = [f"{each.name} mDice" for each in columns[1:]]
+    table = _table(title, ["n", "mDice", "mIoU", "fails", "detect", *others])
+    for name, scores in columns[0].summary["by"][part].items():
+        means = [f"{scores[key]['mean']:.1f}" for key in ("iou", "failure", "detect")]
+        dices = [_cell(each.summary["by"][part].get(name, {}).get("dice")) for each in columns]
+        table.add_row(escape(name), str(scores["n"]), dices[0], *means, *dices[1:])
+    return table
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    """A table without rows yet: a column of labels, which may take several lines, and columns of figures."""
+    table = Table("", title=title, title_justify="left", title_style="bold")
+    table.columns[0].overflow = "fold"
+    for heading in headings:
+        table.add_column(_heading(heading), justify="right", no_wrap=True)
+    return table
+
+
+def _heading(name: str) -> str:
+    """The name in lines no wider than a figure: a folder's path must not push the figures apart."""
+    return escape("\n".join(wrap(name, _FIGURE_WIDTH, break_on_hyphens=False)))
+
+
+def _cell(figure: Mapping[str, float] | None, sign: bool = False) -> str:
+    """`51.2 [47.9, 54.3]`, each number with its sign if asked; `-` without a figure."""
+    if figure is None:
+        return "-"
+    form = "+.1f" if sign else ".1f"
+    return f"{figure['mean']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]"

@@ -1,0 +1,248 @@
+"""Ask a predictor about every row of a split and record each answer.
+
+Records are written as they come, so that a run that was stopped goes on where it stood.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from tqdm import tqdm
+
+from coreseg import questions
+from coreseg.answer import parse
+from coreseg.data.store import LesionSet
+from coreseg.errors import ConfigError, DataError
+from coreseg.evaluate.records import Record, summarise
+from coreseg.masks import mask_to_boxes
+from coreseg.metrics import Boxes, detect_score, dice, iou
+from coreseg.types import Result, Sample
+
+Images = Sequence[UInt8[np.ndarray, "_ _ 3"]]
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """Whatever answers questions about images: the model, or a baseline."""
+
+    @property
+    def name(self) -> str:
+        """What the tables call it."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What its answers depend on beside the name, such as the checkpoint's digest or free decoding. JSON only.
+
+        A run is resumed only where name and settings are those of its first part.
+        """
+
+    def predict(self, samples: Sequence[Sample], images: Images, questions: Sequence[str]) -> Sequence[Result]:
+        """One result per question, in order, its mask at the size of its image.
+
+        The samples tell a baseline the category; their boxes and masks are for tests only.
+        """
+
+
+@dataclass(frozen=True)
+class SegmenterPredictor:
+    """The model as users get it. `segmenter` is a `coreseg.segmenter.Segmenter`."""
+
+    segmenter: Any  # not the class: this module is imported without torch
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def predict(self, samples: Sequence[Sample], images: Images, questions: Sequence[str]) -> Sequence[Result]:
+        """See `Predictor`; of the samples nothing is used."""
+        results: Sequence[Result] = self.segmenter.segment_batch(images, questions)
+        return results
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All records of one predictor on one split, and what they add up to (see `summarise`)."""
+
+    name: str
+    settings: Mapping[str, Any]
+    records: tuple[Record, ...]
+    summary: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """One question about one row, and the mask that answers it."""
+
+    sample: Sample
+    image: UInt8[np.ndarray, "height width 3"]
+    question: str
+    reference: Bool[np.ndarray, "height width"]
+    boxes: Boxes
+    attribute: str = ""
+
+
+def evaluate(
+    lesion_set: LesionSet,
+    predictor: Predictor,
+    *,
+    split: str = "val",
+    out: Path | None = None,
+    held_out_questions: bool = False,
+    attribute_questions: bool = False,
+    seed: int = 0,
+    batch_size: int = 8,
+    limit: int | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Ask `predictor` about every row of `split`.
+
+    The question is the row's own, or with `held_out_questions` one in words that training never saw, drawn by `seed`
+    and row. `attribute_questions` adds, on rows with several lesions, questions about some of them. `limit` looks at
+    that many rows only, evenly spaced. With `out`, a folder, each answer is added to `records.jsonl` there as it
+    comes; calling again with the same predictor and settings goes on after the last finished row.
+
+    Raises DataError where the split has no rows, ConfigError where `out` holds the records of another run.
+    """
+    rows = _chosen_rows(lesion_set.split(split), limit)
+    if not rows:
+        raise DataError(f"the set at {lesion_set.root} has no rows in split {split!r}; name a split that it has")
+    settings = {
+        "model": predictor.name,
+        "model_settings": dict(predictor.settings),
+        "split": split,
+        "rows": sha256("\n".join(repr(sample) for _, sample in rows).encode()).hexdigest()[:16],
+        "held_out_questions": held_out_questions,
+        "attribute_questions": attribute_questions,
+        "seed": seed,
+    }
+    file = out / "records.jsonl" if out else None
+    records = _finished_records(file, settings) if file else []
+    done = sum(not record.attribute for record in records)
+    with tqdm(total=len(rows), initial=done, desc=predictor.name, unit="image", disable=not progress) as bar:
+        for start in range(done, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            asks: list[_Ask] = []
+            for row, sample in batch:
+                rng = np.random.default_rng([seed, row])
+                asks += _asks(lesion_set, sample, rng, held_out_questions, attribute_questions)
+            fresh = _answered(predictor, asks, batch_size)
+            records += fresh
+            if file:
+                with file.open("a") as lines:
+                    lines.writelines(json.dumps(asdict(record)) + "\n" for record in fresh)
+            bar.update(len(batch))
+    return Evaluation(predictor.name, settings, tuple(records), summarise(records, seed))
+
+
+def _chosen_rows(samples: Sequence[Sample], limit: int | None) -> list[tuple[int, Sample]]:
+    """The rows to look at with their numbers in the split: all, or `limit` of them, evenly spaced over the sets."""
+    count = len(samples) if limit is None else min(limit, len(samples))
+    return [(int(row), samples[row]) for row in np.linspace(0, len(samples), count, endpoint=False, dtype=int)]
+
+
+def _asks(
+    lesion_set: LesionSet, sample: Sample, rng: np.random.Generator, held_out: bool, with_attributes: bool
+) -> list[_Ask]:
+    """The questions about one row, the plain one last: a row whose plain record is on disk is finished."""
+    image, mask = lesion_set.image(sample), lesion_set.mask(sample)
+    question = questions.ask(sample.category, rng, held_out=True) if held_out else sample.query
+    plain = _Ask(sample, image, question, mask, sample.boxes)
+    if not with_attributes or len(sample.boxes) < 2:
+        return [plain]
+    attributes = questions.attribute_questions(image, mask, sample.category, rng, held_out=held_out)
+    return [
+        *(_Ask(sample, image, each.text, each.mask, mask_to_boxes(each.mask), each.kind) for each in attributes),
+        plain,
+    ]
+
+
+def _answered(predictor: Predictor, asks: Sequence[_Ask], batch_size: int) -> list[Record]:
+    """The records of the questions, in order; all questions about a row are among them."""
+    results: list[Result] = []
+    for start in range(0, len(asks), batch_size):
+        batch = asks[start : start + batch_size]
+        results += predictor.predict(
+            [ask.sample for ask in batch], [ask.image for ask in batch], [ask.question for ask in batch]
+        )
+    plain = {
+        ask.sample: (ask.reference, _mask_of(result))
+        for ask, result in zip(asks, results, strict=True)
+        if not ask.attribute
+    }
+    return [_scored(ask, result, *plain[ask.sample]) for ask, result in zip(asks, results, strict=True)]
+
+
+def _mask_of(result: Result) -> Bool[np.ndarray, "height width"]:
+    """The mask that is scored. Source: an invalid answer counts as an empty mask."""
+    return result.mask if result.valid else np.zeros_like(result.mask)
+
+
+def _scored(
+    ask: _Ask,
+    result: Result,
+    whole: Bool[np.ndarray, "height width"],
+    plain_mask: Bool[np.ndarray, "height width"],
+) -> Record:
+    sample, mask = ask.sample, _mask_of(result)
+    boxes = tuple((int(x1), int(y1), int(x2), int(y2)) for x1, y1, x2, y2 in result.boxes) if result.valid else ()
+    answer = parse(result.text) if result.valid else None
+    return Record(
+        file_name=sample.file_name,
+        mask_file_name=sample.mask_file_name,
+        source=sample.source,
+        modality=sample.modality,
+        anatomy=sample.anatomy,
+        category=sample.category,
+        case=sample.case,
+        attribute=ask.attribute,
+        question=ask.question,
+        lesion_share=float(ask.reference.mean()),
+        text=result.text,
+        valid=result.valid,
+        found=result.found and result.valid,
+        wrong_category=answer is not None and answer.category.casefold() != sample.category.casefold(),
+        predicted_share=float(mask.mean()),
+        dice=dice(mask, ask.reference),
+        iou=iou(mask, ask.reference),
+        # An invalid answer wrote no boxes: on a lesion-free sample it must not pass for the right answer.
+        detect=detect_score(boxes, ask.boxes) if result.valid else 0.0,
+        boxes=boxes,
+        seconds=result.seconds,
+        whole_dice=dice(whole, ask.reference) if ask.attribute else None,
+        plain_dice=dice(plain_mask, ask.reference) if ask.attribute else None,
+    )
+
+
+def _finished_records(file: Path, settings: Mapping[str, Any]) -> list[Record]:
+    """The records of the rows that are finished in `file`, which is then ready for more.
+
+    Its first line holds the settings. What a stopped run left half written is cut off.
+    """
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    if not lines or not lines[0].endswith(b"\n"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"settings": settings}) + "\n")
+        return []
+    if json.loads(lines[0])["settings"] != json.loads(json.dumps(settings)):
+        raise ConfigError(f"{file} holds the records of another run; choose another folder, or delete the file")
+    finished: list[Record] = []
+    row: list[Record] = []
+    size_bytes = finished_bytes = len(lines[0])
+    for line in lines[1:]:
+        if not line.endswith(b"\n"):
+            break
+        size_bytes += len(line)
+        row.append(_record_from(json.loads(line)))
+        if not row[-1].attribute:  # the plain question comes last, so the row is finished
+            finished += row
+            row, finished_bytes = [], size_bytes
+    os.truncate(file, finished_bytes)
+    return finished
+
+
+def _record_from(fields: dict[str, Any]) -> Record:
+    return Record(**{**fields, "boxes": tuple(tuple(box) for box in fields["boxes"])})

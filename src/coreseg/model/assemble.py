@@ -1,0 +1,150 @@
+"""Joining a reasoner and a segmenter into a CORE-Seg, and finding and loading one."""
+
+from importlib import resources
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMaskGeneration,
+    AutoProcessor,
+    PreTrainedModel,
+)
+
+from coreseg.answer import SEG_TOKEN
+from coreseg.errors import ModelError
+from coreseg.model.core_seg import SEGMENTER_FAMILY, CoreSeg, CoreSegConfig, Probe
+from coreseg.model.processor import CoreSegProcessor
+
+EMBEDDED = "nano"
+
+
+def assemble(
+    reasoner: str,
+    segmenter: str,
+    out: Path,
+    *,
+    probe: Probe = "seg",
+    dtype: torch.dtype | None = None,
+    segmenter_mean: tuple[float, ...] = (0.485, 0.456, 0.406),
+    segmenter_std: tuple[float, ...] = (0.229, 0.224, 0.225),
+) -> CoreSeg:
+    """A fresh CORE-Seg in `out` from two checkpoints, each a folder or a hub name, with an untrained adapter.
+
+    `<seg>` is added to the tokenizer; the embeddings grow only where no spare row is left, and never shrink.
+    Raises ModelError where either is missing or of another kind.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(reasoner)
+        talks = AutoModelForImageTextToText.from_pretrained(reasoner, dtype=dtype or "auto")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"reasoner {reasoner!r}: expected an image-text-to-text checkpoint: {_first(error)}") from error
+    try:
+        kind = AutoConfig.from_pretrained(segmenter).model_type
+        if kind not in SEGMENTER_FAMILY:
+            raise ModelError(
+                f"segmenter {segmenter!r} is a {kind!r}; expected one of the SAM 2 family: {', '.join(SEGMENTER_FAMILY)}"
+            )
+        segments = AutoModelForMaskGeneration.from_pretrained(segmenter, dtype=dtype or "auto")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"segmenter {segmenter!r}: expected a SAM 2 or EdgeTAM checkpoint: {_first(error)}") from error
+    model, joined = join(
+        talks, processor, segments, probe=probe, segmenter_mean=segmenter_mean, segmenter_std=segmenter_std
+    )
+    model.save_pretrained(out)
+    joined.save_pretrained(out)
+    return model
+
+
+def join(
+    reasoner: PreTrainedModel,
+    processor: object,
+    segmenter: PreTrainedModel,
+    *,
+    probe: Probe = "seg",
+    segmenter_mean: tuple[float, ...] = (0.485, 0.456, 0.406),
+    segmenter_std: tuple[float, ...] = (0.229, 0.224, 0.225),
+    **settings: int,
+) -> tuple[CoreSeg, CoreSegProcessor]:
+    """The same from models in memory, which become the new model's own parts. `settings` go to `CoreSegConfig`."""
+    tokenizer = processor.tokenizer  # type: ignore[attr-defined]
+    if tokenizer.convert_tokens_to_ids(SEG_TOKEN) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"additional_special_tokens": [SEG_TOKEN]}, replace_additional_special_tokens=False)
+    rows = reasoner.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        reasoner.resize_token_embeddings(len(tokenizer))
+    config = CoreSegConfig(
+        reasoner_config=reasoner.config,
+        segmenter_config=segmenter.config,
+        seg_token_id=tokenizer.convert_tokens_to_ids(SEG_TOKEN),
+        answer_token_ids=tokenizer(" </think><answer>", add_special_tokens=False)["input_ids"],
+        probe=probe,
+        segmenter_mean=segmenter_mean,
+        segmenter_std=segmenter_std,
+        **settings,
+    )
+    model = CoreSeg(config)
+    model.reasoner, model.segmenter = reasoner, segmenter
+    segmenter.mask_decoder.dynamic_multimask_via_stability = False
+    segmenter.vision_encoder.requires_grad_(False)
+    model.adapter.to(segmenter.dtype)
+    return model, CoreSegProcessor(processor, config)
+
+
+def find_checkpoint(name_or_path: str | Path) -> Path | str:
+    """Where a model is: the embedded default by its name, a run folder's best state, a folder, or a hub name.
+
+    Raises ModelError for a path that is not there.
+    """
+    if str(name_or_path) == EMBEDDED:
+        return Path(str(resources.files("coreseg.nano"))) / "weights"
+    path = Path(name_or_path)
+    if (path / "best" / "config.json").is_file():
+        return path / "best"
+    if (path / "config.json").is_file():
+        return path
+    if path.exists():
+        raise ModelError(f"{path} is no CORE-Seg checkpoint: no config.json in it (nor in its best/)")
+    parts = str(name_or_path).split("/")
+    if len(parts) != 2 or str(name_or_path).startswith((".", "/", "~")):
+        raise ModelError(
+            f"unknown model {str(name_or_path)!r}; expected 'nano', a checkpoint or run folder, or a hub name OWNER/NAME"
+        )
+    return str(name_or_path)
+
+
+def load_parts(name_or_path: str | Path, dtype: torch.dtype | None = None) -> tuple[CoreSeg, CoreSegProcessor]:
+    """Model (float32 unless told otherwise) and processor of a checkpoint. Raises ModelError where it is none."""
+    place = find_checkpoint(name_or_path)
+    try:
+        kind = AutoConfig.from_pretrained(place).model_type if isinstance(place, str) else _kind(place)
+        if kind != CoreSegConfig.model_type:
+            raise ModelError(
+                f"{name_or_path} holds a {kind!r}, not a CORE-Seg; join it with a segmenter by `coreseg assemble`"
+            )
+        model = CoreSeg.from_pretrained(place, dtype=dtype or torch.float32)
+        return model, CoreSegProcessor.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {name_or_path}: cannot be loaded: {_first(error)}") from error
+
+
+def freeze_all_but_heads(model: CoreSeg) -> None:
+    """Only the adapter and the mask decoder stay trainable."""
+    model.requires_grad_(False)
+    model.adapter.requires_grad_(True)
+    model.segmenter.mask_decoder.requires_grad_(True)
+
+
+def _kind(folder: Path) -> str:
+    import json
+
+    try:
+        kind: str = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "unknown")
+    except ValueError as error:
+        raise ModelError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
+    return kind
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,217 @@
+"""From pictures, questions and answers to the tensors CORE-Seg takes, and from its ids back to text and masks.
+
+The reasoner's own processor (any of transformers') does the picture and the chat template. Three things are done here:
+the user's words are tokenised without markers, answers are tokenised in the pieces of `coreseg.answer`, and boxes are
+moved between the original image and the frame that the reasoner saw.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
+from torch.nn import functional
+from transformers import AutoProcessor, LogitsProcessor
+
+from coreseg.answer import INSTRUCTION, SEG_TOKEN, AnswerGrammar, Piece, encode, parse, pieces
+from coreseg.errors import ModelError
+from coreseg.masks import map_boxes
+from coreseg.model.core_seg import CoreSegConfig
+from coreseg.types import Answer
+
+Picture = UInt8[np.ndarray, "height width 3"]
+IGNORED = -100
+"""Label of a token that carries no loss."""
+_QUESTION_MARK = "QUESTION-GOES-HERE"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs of several rows, padded on the left.
+
+    `labels` are the answer's ids and IGNORED elsewhere; `frames_wh` the size at which the reasoner saw each picture.
+    """
+
+    input_ids: Int[torch.Tensor, "batch tokens"]
+    attention_mask: Int[torch.Tensor, "batch tokens"]
+    labels: Int[torch.Tensor, "batch tokens"]
+    reasoner_inputs: dict[str, torch.Tensor]
+    segmenter_pixels: Float[torch.Tensor, "batch 3 side side"]
+    frames_wh: list[tuple[int, int]]
+
+
+class CoreSegProcessor:
+    """Holds the reasoner's processor and the segmenter's frame; saved beside the model in the same folder."""
+
+    def __init__(self, reasoner: Any, config: CoreSegConfig) -> None:
+        self.reasoner = reasoner
+        self.tokenizer = reasoner.tokenizer
+        self.config = config
+        self._grammar: AnswerGrammar | None = None
+        if self.tokenizer.convert_tokens_to_ids(SEG_TOKEN) != config.seg_token_id:
+            raise ModelError(
+                f"the tokenizer does not hold {SEG_TOKEN} at id {config.seg_token_id}, as the model expects: "
+                "model and processor belong to different checkpoints"
+            )
+        images = reasoner.image_processor
+        if getattr(images, "do_center_crop", False):
+            raise ModelError("the reasoner's processor crops its pictures, so boxes at the border would be lost")
+        if hasattr(images, "do_image_splitting"):
+            # Tiles would give several frames; the whole picture stays in one.
+            images.do_image_splitting = False
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "CoreSegProcessor":
+        """Read the processor of a CORE-Seg checkpoint folder."""
+        return cls(AutoProcessor.from_pretrained(path), CoreSegConfig.from_pretrained(path))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the reasoner's processor files; the rest is in the model's `config.json`."""
+        self.reasoner.save_pretrained(path)
+
+    @property
+    def grammar(self) -> AnswerGrammar:
+        """The answer grammar over this tokenizer, built at first use."""
+        if self._grammar is None:
+            self._grammar = AnswerGrammar(self.tokenizer, self.config.reasoning_budget)
+        return self._grammar
+
+    def __call__(
+        self, images: Sequence[Picture], questions: Sequence[str], answers: Sequence[Answer] | None = None
+    ) -> Batch:
+        """Prompts for generation or, with `answers` (boxes in each image's own pixels), whole rows for training."""
+        prompts = [self._prompt(image, question) for image, question in zip(images, questions, strict=True)]
+        rows, labels = [], []
+        for number, prompt in enumerate(prompts):
+            reply = []
+            if answers is not None:
+                height, width = images[number].shape[:2]
+                boxes = self.boxes_to_frame(answers[number].boxes, (width, height), prompt.frame_wh)
+                reply = self.encode_answer(replace_boxes(answers[number], boxes))
+            rows.append(prompt.ids + reply)
+            labels.append([IGNORED] * len(prompt.ids) + reply)
+        longest = max(map(len, rows))
+        extra = {key: torch.cat([p.inputs[key] for p in prompts]) for key in prompts[0].inputs}
+        if prompts[0].token_types is not None:
+            # The picture's places, which Qwen's positions need; zeros over everything added after the prompt.
+            kinds = [_pad_left((p.token_types or []) + [0] * (len(row) - len(p.ids)), longest, 0)
+                     for p, row in zip(prompts, rows, strict=True)]
+            extra["mm_token_type_ids"] = torch.tensor(kinds)
+        return Batch(
+            input_ids=torch.tensor([_pad_left(row, longest, self.tokenizer.pad_token_id) for row in rows]),
+            attention_mask=torch.tensor([_pad_left([1] * len(row), longest, 0) for row in rows]),
+            labels=torch.tensor([_pad_left(row, longest, IGNORED) for row in labels]),
+            reasoner_inputs=extra,
+            segmenter_pixels=torch.cat([self.segmenter_pixels(image) for image in images]),
+            frames_wh=[prompt.frame_wh for prompt in prompts],
+        )
+
+    def encode_answer(self, answer: Answer) -> list[int]:
+        """Token ids of an answer whose boxes are in the reasoner's frame, with the end of text."""
+        return [*encode(self.tokenizer, pieces(answer)), self.tokenizer.eos_token_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The raw text of a completion, `<seg>` included."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def read(self, text: str, frame_wh: tuple[int, int], size_wh: tuple[int, int]) -> Answer | None:
+        """The answer in a text, its boxes in original pixels; None where the form is invalid."""
+        answer = parse(text, frame_wh)
+        return answer and replace_boxes(answer, self.boxes_to_frame(answer.boxes, frame_wh, size_wh))
+
+    @staticmethod
+    def boxes_to_frame(
+        boxes: Sequence[tuple[int, ...]], from_wh: tuple[int, int], to_wh: tuple[int, int]
+    ) -> list[tuple[int, ...]]:
+        """Boxes moved from one size of the picture to another."""
+        moved = map_boxes(np.array(boxes, dtype=np.int64).reshape(-1, 4), from_wh, to_wh)
+        return [tuple(int(v) for v in box) for box in moved]
+
+    def segmenter_pixels(self, image: Picture) -> Float[torch.Tensor, "1 3 side side"]:
+        """The picture stretched to the segmenter's square and normalised."""
+        side = (self.config.segmenter_size_px, self.config.segmenter_size_px)
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+        resized = functional.interpolate(pixels, side, mode="bilinear", antialias=True)
+        mean = torch.tensor(self.config.segmenter_mean).view(1, 3, 1, 1)
+        std = torch.tensor(self.config.segmenter_std).view(1, 3, 1, 1)
+        return (resized - mean) / std
+
+    @staticmethod
+    def mask_from_logits(
+        logits: Float[torch.Tensor, "map_height map_width"], size_hw: tuple[int, int]
+    ) -> Bool[np.ndarray, "height width"]:
+        """The mask in the image's own pixels: logits stretched back, then the threshold."""
+        resized = functional.interpolate(logits[None, None].float(), size_hw, mode="bilinear", align_corners=False)
+        mask: Bool[np.ndarray, "height width"] = (resized[0, 0] > 0).cpu().numpy()
+        return mask
+
+    def constraint(self, frames_wh: Sequence[tuple[int, int]]) -> "AnswerConstraint":
+        """The grammar as a logits processor for one batch."""
+        return AnswerConstraint(self.grammar, frames_wh)
+
+    def _prompt(self, image: Picture, question: str) -> "_Prompt":
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION_MARK}]}
+        template = self.reasoner.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        before, after = template.split(_QUESTION_MARK)
+        seen = self.reasoner(text=[before], images=[Image.fromarray(image)], return_tensors="pt")
+        ids = seen.pop("input_ids")[0].tolist()
+        seen.pop("attention_mask", None)
+        token_types = seen.pop("mm_token_type_ids", None)
+        asked = encode(self.tokenizer, [Piece(f"{question.strip()} {INSTRUCTION}", free=True), Piece(after)])
+        types = None if token_types is None else token_types[0].tolist() + [0] * len(asked)
+        return _Prompt(ids + asked, types, dict(seen), self._frame(dict(seen)))
+
+    def _frame(self, inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
+        """Width and height at which the reasoner saw the picture."""
+        if "image_grid_thw" in inputs:
+            _, rows, columns = inputs["image_grid_thw"][0].tolist()
+            patch = self.reasoner.image_processor.patch_size
+            return columns * patch, rows * patch
+        if "pixel_attention_mask" in inputs and not bool(inputs["pixel_attention_mask"].all()):
+            raise ModelError("the reasoner's processor pads its pictures, so boxes cannot be placed; use a square size")
+        height, width = inputs["pixel_values"].shape[-2:]
+        return width, height
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    ids: list[int]
+    token_types: list[int] | None
+    inputs: dict[str, torch.Tensor]
+    frame_wh: tuple[int, int]
+
+
+class AnswerConstraint(LogitsProcessor):  # type: ignore[misc]
+    """Keeps every row of a batch inside the answer grammar; one object serves one call of `generate`."""
+
+    def __init__(self, grammar: AnswerGrammar, frames_wh: Sequence[tuple[int, int]]) -> None:
+        self._walks = [grammar.walk(frame) for frame in frames_wh]
+        self._started = False
+
+    def __call__(
+        self, input_ids: Int[torch.Tensor, "batch tokens"], scores: Float[torch.Tensor, "batch vocabulary"]
+    ) -> Float[torch.Tensor, "batch vocabulary"]:
+        """Everything the grammar does not allow next gets minus infinity."""
+        kept = torch.full_like(scores, -torch.inf)
+        for row, walk in enumerate(self._walks):
+            allowed = walk.send(int(input_ids[row, -1])) if self._started else next(walk)
+            index = torch.from_numpy(allowed).to(scores.device)
+            kept[row, index] = scores[row, index]
+        self._started = True
+        return kept
+
+
+def replace_boxes(answer: Answer, boxes: Sequence[tuple[int, ...]]) -> Answer:
+    """The same answer with other boxes."""
+    return Answer(answer.category, tuple((b[0], b[1], b[2], b[3]) for b in boxes), answer.reasoning, answer.found)
+
+
+def _pad_left(ids: list[int], length: int, value: int) -> list[int]:
+    return [value] * (length - len(ids)) + ids
+
+

@@ -1,0 +1,53 @@
+"""What is asked of a segmenter of the SAM 2 family: feature maps from pixels, mask logits from sparse prompts.
+
+Works on `Sam2Model` and `EdgeTamModel` of transformers alike. Their own `get_image_embeddings` and
+`get_prompt_embeddings` run without gradients, and `get_image_features` already mixes in trainable convolutions; so
+that the frozen encoder's maps can be cached and everything trainable gets its gradient, the steps are spelled out.
+"""
+
+import torch
+from jaxtyping import Float
+from transformers import PreTrainedModel
+
+FeatureMaps = list[Float[torch.Tensor, "batch channels _ _"]]
+"""The FPN's maps, fine to coarse (strides 4, 8 and 16 in SAM 2)."""
+
+
+def encode_image(segmenter: PreTrainedModel, pixel_values: Float[torch.Tensor, "batch 3 side side"]) -> FeatureMaps:
+    """The image encoder's FPN maps; they depend on the image alone, so they are computed once an image."""
+    return list(segmenter.vision_encoder(pixel_values, return_dict=True).fpn_hidden_states)
+
+
+def decode_masks(
+    segmenter: PreTrainedModel,
+    maps: FeatureMaps,
+    sparse_prompts: Float[torch.Tensor, "batch prompts tokens channels"],
+) -> Float[torch.Tensor, "batch prompts map_height map_width"]:
+    """One mask (logits, at the finest map's size) for each sparse prompt of each image.
+
+    The dense prompt is SAM's "no mask" embedding, and one mask comes out, never the multimask set.
+    """
+    decoder = segmenter.mask_decoder
+    finest, finer, coarse = maps
+    _, dense = segmenter.prompt_encoder(input_points=None, input_labels=None, input_boxes=None, input_masks=None)
+    masks, *_ = decoder(
+        image_embeddings=coarse + segmenter.no_memory_embedding.view(1, -1, 1, 1),
+        image_positional_embeddings=segmenter.get_image_wide_positional_embeddings().expand(len(coarse), -1, -1, -1),
+        sparse_prompt_embeddings=sparse_prompts,
+        dense_prompt_embeddings=dense.expand(len(coarse), -1, -1, -1),
+        multimask_output=False,
+        high_resolution_features=[decoder.conv_s0(finest), decoder.conv_s1(finer)],
+    )
+    logits: torch.Tensor = masks[:, :, 0]
+    return logits
+
+
+def any_lesion_prompt(segmenter: PreTrainedModel, batch: int) -> Float[torch.Tensor, "batch 1 3 channels"]:
+    """The class-agnostic prompt that knows nothing of the question: SAM's own "not a point", three times.
+
+    Three tokens, since a box prompt has three; a segmenter trained here learns to answer it with every lesion it sees.
+    Our choice, so that being blind to the question costs no parameter.
+    """
+    token = segmenter.prompt_encoder.not_a_point_embed.weight
+    prompt: torch.Tensor = token.expand(batch, 1, 3, -1)
+    return prompt

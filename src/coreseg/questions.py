@@ -1,0 +1,259 @@
+"""Questions as people ask them: about a category, or about one of several lesions by what sets it apart.
+
+Source: templates per category as in the paper's benchmark; synonyms, held-out wordings and attribute questions are
+our choice. Any category works; the table of lay words only adds variety to those it knows.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+from scipy import ndimage
+
+from coreseg.statements import counted_px, label_lesions, pick
+
+_TEMPLATES = (
+    "Segment the {one}.",
+    "Segment the {one} in this image.",
+    "Please segment the {one}.",
+    "Locate and segment the {one}.",
+    "Locate the {one} in this picture.",
+    "Where is the {one}?",
+    "Where is the {one} in this image?",
+    "Where can the {one} be seen?",
+    "Where do you see {a_one}?",
+    "Is there {a_one} in this picture? Show me where.",
+    "Is there {a_one} in this image?",
+    "Is {a_one} visible here? If so, mark it.",
+    "Can you find the {one}?",
+    "Can you show me the {one}?",
+    "Find the {one}.",
+    "Find and outline the {one} in this scan.",
+    "Outline every {one}.",
+    "Mark all {many} in the image.",
+    "Show all {many}.",
+    "Are there any {many} here? Mark them.",
+    "Highlight the {one}.",
+    "Which part of the image shows {a_one}?",
+    "Which pixels belong to the {one}?",
+    "Draw a mask over the {one}.",
+)
+_HELD_OUT_TEMPLATES = (
+    "Delineate the {one} for me.",
+    "Trace the {one} in the picture, please.",
+    "I am looking for {a_one}. Where should I look?",
+    "Could you point out each {one}?",
+    "Do you notice any {many} in this scan?",
+    "What area is affected by the {one}?",
+    "Give me the contour of the {one}.",
+    "Identify and delineate all {many} you can see.",
+    "Does this show {a_one}, and if so, where exactly?",
+    "Produce a segmentation of the {one}.",
+)
+
+_REQUESTS = (
+    "Segment {target}.",
+    "Please segment {target}.",
+    "Segment {target} in this image.",
+    "Locate and segment {target}.",
+    "Find {target}.",
+    "Mark {target}.",
+    "Show me {target}.",
+    "Outline only {target}.",
+    "Highlight {target} in the picture.",
+    "Can you mark {target}?",
+)
+_HELD_OUT_REQUESTS = (
+    "Delineate {target} for me.",
+    "Could you point out {target}?",
+    "Trace {target}, please.",
+    "Just {target}: where exactly?",
+    "I need the contour of {target}.",
+)
+
+# Kind of attribute: what sets the lesion apart, in training and held out.
+_TARGETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "largest": (
+        ("the largest {one}", "the biggest {one}"),
+        ("the most extensive {one}", "the {one} with the most area"),
+    ),
+    "smallest": (
+        ("the smallest {one}", "the tiniest {one}"),
+        ("the {one} with the least area", "the least {one} in size"),
+    ),
+    "left": (("the leftmost {one}", "the {one} furthest to the left"), ("the {one} nearest to the left border",)),
+    "right": (("the rightmost {one}", "the {one} furthest to the right"), ("the {one} nearest to the right border",)),
+    "upper": (("the uppermost {one}", "the {one} furthest up"), ("the highest {one}", "the {one} nearest to the top")),
+    "lower": (
+        ("the lowest {one}", "the {one} furthest down"),
+        ("the bottommost {one}", "the {one} nearest to the bottom"),
+    ),
+    "brightest": (("the brightest {one}", "the lightest {one}"), ("the {one} that shines most", "the palest {one}")),
+    "darkest": (
+        ("the darkest {one}", "the least bright {one}"),
+        ("the {one} that looks blackest", "the dimmest {one}"),
+    ),
+    "all but largest": (
+        ("all {many} but the largest", "every {one} except the biggest"),
+        ("all {many} apart from the most extensive", "the {many} without the largest one"),
+    ),
+    "all but smallest": (
+        ("all {many} but the smallest", "every {one} except the tiniest"),
+        ("all {many} apart from the least in size", "the {many} without the smallest one"),
+    ),
+}
+
+# Category: words used in training, words held out.
+_LAY_WORDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "brain tumor": (("brain tumour", "brain mass"), ("brain growth", "intracranial tumor")),
+    "breast tumor": (("breast tumour", "breast lump"), ("breast mass", "breast lesion")),
+    "foot ulcer": (("ulcer", "open sore"), ("wound", "foot wound")),
+    "intracranial hemorrhage": (("brain bleed", "intracranial haemorrhage"), ("bleeding", "bleed")),
+    "ischemic stroke lesion": (("ischaemic stroke", "infarct"), ("stroke", "stroke area")),
+    "kidney tumor": (("kidney tumour", "renal tumor"), ("kidney mass", "renal mass")),
+    "liver tumor": (("liver tumour", "hepatic tumor"), ("liver lesion", "liver mass")),
+    "lung opacity": (("lung infiltrate", "lung shadow"), ("consolidation", "pneumonia patch")),
+    "lung tumor": (("lung tumour", "lung mass"), ("lung cancer", "pulmonary tumor")),
+    "multiple sclerosis lesion": (("ms lesion", "white matter lesion"), ("ms plaque", "demyelinating plaque")),
+    "myocardial infarction": (("heart attack scar", "infarcted heart muscle"), ("myocardial scar", "heart damage")),
+    "pigmented lesion": (("mole", "pigmented skin lesion"), ("skin mole", "dark skin spot")),
+    "polyp": (("bowel polyp", "colon polyp"), ("growth in the bowel", "intestinal polyp")),
+    "retinal exudate": (("hard exudate", "exudate"), ("fatty deposit", "yellow retinal deposit")),
+    "retinal haemorrhage": (("retinal hemorrhage", "retinal bleed"), ("bleeding in the retina", "blood spot")),
+    "thyroid nodule": (("thyroid lump", "nodule in the thyroid"), ("thyroid mass", "thyroid lesion")),
+}
+
+
+def with_article(noun: str) -> str:
+    """The noun with "a" or "an", by its first letter; a first word without vowels is spelled out ("an MRI")."""
+    first = re.split(r"[\s-]", noun.lower(), maxsplit=1)[0]
+    spelled = not set(first) & set("aeiouy")
+    return f"{'an' if first[:1] in tuple('aeiou') or (spelled and first[:1] in tuple('fhlmnrsx')) else 'a'} {noun}"
+
+
+def plural(noun: str) -> str:
+    """The plural of a lesion's name: of its head, which stands before "in" or "of" or at the end."""
+    head, link, tail = noun, "", ""
+    for word in (" in ", " of "):
+        if word in noun:
+            head, link, tail = noun.partition(word)
+            break
+    if head.endswith(("s", "x", "ch", "sh")):
+        head = f"{head[:-2]}es" if head.endswith("sis") else f"{head}es"
+    elif head.endswith("y") and head[-2:-1] not in "aeiou":
+        head = f"{head[:-1]}ies"
+    else:
+        head = f"{head}s"
+    return f"{head}{link}{tail}"
+
+
+def ask(category: str, rng: np.random.Generator, held_out: bool = False) -> str:
+    """One question about a category, from the training templates or from the held-out ones.
+
+    Training questions also vary in case and closing mark, and name the category in other words a third of the time.
+    A held-out question shares neither its template nor its lay word with training.
+    """
+    noun = _noun(category, rng, held_out)
+    template = pick(_HELD_OUT_TEMPLATES if held_out else _TEMPLATES, rng)
+    text = template.format(one=noun, a_one=with_article(noun), many=plural(noun))
+    return text if held_out else _typed(text, rng)
+
+
+@dataclass(frozen=True)
+class AttributeQuestion:
+    """A question about some of several lesions. `mask` is its answer; `kind` says what sets them apart."""
+
+    text: str
+    mask: Bool[np.ndarray, "height width"]
+    kind: str
+
+
+def attribute_questions(
+    image: UInt8[np.ndarray, "height width 3"],
+    mask: Bool[np.ndarray, "height width"],
+    category: str,
+    rng: np.random.Generator,
+    held_out: bool = False,
+) -> list[AttributeQuestion]:
+    """Every attribute question that this picture answers without doubt, one of each kind; none for a single lesion.
+
+    Lesions are the components that the box convention counts, two to eight of them. Asked only by a clear margin:
+    largest and smallest by a factor of 1.5 in area to the next; leftmost, rightmost, uppermost and lowest by both
+    outer border and centre, the centre by a tenth of the picture; brightest and darkest by 0.08 of the full range.
+    "All but" takes three lesions or more. Sides are the picture's.
+
+    Components too small to count are not lesions of their own: an answer of one lesion leaves them out, "all but one"
+    is the whole mask without that one, and where there are any nothing is asked about the smallest.
+    """
+    labels, areas_px = label_lesions(mask)
+    lesions = np.flatnonzero(areas_px >= counted_px(mask.size))
+    if not 2 <= len(lesions) <= 8:
+        return []
+    crumbs = len(lesions) < np.count_nonzero(areas_px)
+    questions = []
+    for kind, lesion in _set_apart(image, labels, areas_px, lesions).items():
+        if crumbs and kind == "smallest":
+            continue
+        one = labels == lesion
+        questions.append(AttributeQuestion(_request(kind, category, rng, held_out), one, kind))
+        if kind in ("largest", "smallest") and len(lesions) > 2:
+            kind = f"all but {kind}"
+            questions.append(AttributeQuestion(_request(kind, category, rng, held_out), mask & ~one, kind))
+    return questions
+
+
+def _set_apart(
+    image: UInt8[np.ndarray, "height width 3"],
+    labels: Int[np.ndarray, "height width"],
+    areas_px: Int[np.ndarray, " labels"],
+    lesions: Int[np.ndarray, " lesions"],
+) -> dict[str, int]:
+    """The label that stands out by a clear margin, per kind; kinds in which none does are left out."""
+    height, width = labels.shape
+    boxes = ndimage.find_objects(labels)
+    rows, columns = np.array([[(a.start, a.stop) for a in boxes[label - 1]] for label in lesions]).transpose(1, 2, 0)
+    y, x = np.array(ndimage.center_of_mass(labels > 0, labels, lesions)).T
+    sizes = np.log(areas_px[lesions])
+    light = ndimage.mean(image.mean(axis=2), labels, lesions) / 255.0
+    found = {}
+    # Each kind: what must be least, by which margin, and a second measure that must be least for the same lesion.
+    for kind, values, margin, check in (
+        ("largest", -sizes, np.log(1.5), -sizes),
+        ("smallest", sizes, np.log(1.5), sizes),
+        ("left", x, 0.1 * width, columns[0]),
+        ("right", -x, 0.1 * width, -columns[1]),
+        ("upper", y, 0.1 * height, rows[0]),
+        ("lower", -y, 0.1 * height, -rows[1]),
+        ("brightest", -light, 0.08, -light),
+        ("darkest", light, 0.08, light),
+    ):
+        first, second = np.argsort(values, kind="stable")[:2]
+        if values[second] - values[first] >= margin and np.all(np.delete(check, first) > check[first]):
+            found[kind] = int(lesions[first])
+    return found
+
+
+def _request(kind: str, category: str, rng: np.random.Generator, held_out: bool) -> str:
+    noun = _noun(category, rng, held_out)
+    in_training, in_test = _TARGETS[kind]
+    target = pick(in_test if held_out else in_training, rng).format(one=noun, many=plural(noun))
+    text = pick(_HELD_OUT_REQUESTS if held_out else _REQUESTS, rng).format(target=target)
+    return text if held_out else _typed(text, rng)
+
+
+def _noun(category: str, rng: np.random.Generator, held_out: bool) -> str:
+    """The category, or a third of the time one of its lay words."""
+    in_training, in_test = _LAY_WORDS.get(category.lower(), ((), ()))
+    lay_words = in_test if held_out else in_training
+    return pick(lay_words, rng) if lay_words and rng.random() < 1 / 3 else category
+
+
+def _typed(text: str, rng: np.random.Generator) -> str:
+    """The text as someone in a hurry may type it: at times without capitals, at times without its closing mark."""
+    if rng.random() < 0.25:
+        text = text.lower()
+    if rng.random() < 0.25:
+        text = text[:-1]
+    return text

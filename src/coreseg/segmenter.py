@@ -1,0 +1,131 @@
+"""The main path: a picture and a question in; reasoning, boxes and a mask out."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from coreseg.answer import answer_sentence
+from coreseg.errors import InputError
+from coreseg.imaging import read_image
+from coreseg.model.assemble import EMBEDDED, load_parts
+from coreseg.model.core_seg import CoreSeg
+from coreseg.model.processor import CoreSegProcessor
+from coreseg.types import Result
+
+Source = str | Path | np.ndarray | Image.Image
+MAX_QUESTION_CHARACTERS = 2_000
+
+
+class Segmenter:
+    """A CORE-Seg ready for questions.
+
+        >>> from coreseg import Segmenter
+        >>> result = Segmenter.from_pretrained().segment("scan.png", "Where is the foot ulcer?")  # doctest: +SKIP
+    """
+
+    def __init__(self, model: CoreSeg, processor: CoreSegProcessor) -> None:
+        self.model = model.eval()
+        self.processor = processor
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path = EMBEDDED, device: str | None = None, dtype: str | None = None
+    ) -> "Segmenter":
+        """The embedded default, a checkpoint folder, a training run's folder, or a hub name.
+
+        device: "cpu", "cuda", "cuda:1"…; by default the GPU where there is one.
+        dtype: "float32", "bfloat16" or "float16"; by default float32 on a CPU, bfloat16 on a GPU.
+        Raises ModelError where there is no such model.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if dtype not in kinds:
+            raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(kinds)}")
+        try:
+            place = torch.device(device)
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        model, processor = load_parts(name_or_path, kinds[dtype])
+        return cls(model.to(place), processor)
+
+    def segment(self, image: Source, question: str, *, constrained: bool = True) -> Result:
+        """Answer one question about one picture (a path, an array, or a PIL image). The same answer every time.
+
+        constrained: whether the grammar keeps the answer's form valid. Raises InputError for a picture that cannot be
+        read or a question that is empty or over 2,000 characters.
+        """
+        return self.segment_batch([image], [question], constrained=constrained)[0]
+
+    def segment_batch(
+        self, images: Sequence[Source], questions: Sequence[str], *, constrained: bool = True
+    ) -> list[Result]:
+        """One question for each picture, answered together; the results equal those of one at a time."""
+        started = time.perf_counter()
+        for question in questions:
+            _check_question(question)
+        pictures = [read_image(image) for image in images]
+        batch = self.processor(pictures, questions)
+        grammar = self.processor.grammar
+        device, dtype = self.model.device, self.model.dtype
+        generated = self.model.generate(
+            input_ids=batch.input_ids.to(device),
+            attention_mask=batch.attention_mask.to(device),
+            reasoner_inputs={
+                key: value.to(device, dtype if value.is_floating_point() else None)
+                for key, value in batch.reasoner_inputs.items()
+            },
+            segmenter_pixels=batch.segmenter_pixels.to(device, dtype),
+            max_new_tokens=max(grammar.max_tokens(frame) for frame in batch.frames_wh),
+            eos_token_id=self.processor.tokenizer.eos_token_id,
+            pad_token_id=self.processor.tokenizer.pad_token_id,
+            constraint=self.processor.constraint(batch.frames_wh) if constrained else None,
+        )
+        seconds = (time.perf_counter() - started) / len(pictures)
+        return [
+            self._result(picture, ids, logits, frame, seconds)
+            for picture, ids, logits, frame in zip(
+                pictures, generated.ids, generated.mask_logits, batch.frames_wh, strict=True
+            )
+        ]
+
+    def _result(
+        self,
+        picture: np.ndarray,
+        ids: list[int],
+        mask_logits: torch.Tensor | None,
+        frame_wh: tuple[int, int],
+        seconds: float,
+    ) -> Result:
+        """One row's ids and mask logits, brought back to the picture's own pixels."""
+        height, width = picture.shape[:2]
+        text = self.processor.decode(ids)
+        answer = self.processor.read(text, frame_wh, (width, height))
+        mask = np.zeros((height, width), dtype=bool)
+        if answer is not None and answer.found and mask_logits is not None:
+            mask = self.processor.mask_from_logits(mask_logits, (height, width))
+        return Result(
+            mask=mask,
+            boxes=np.array(answer.boxes if answer else (), dtype=np.int64).reshape(-1, 4),
+            reasoning=answer.reasoning if answer else "",
+            answer=answer_sentence(answer) if answer else "",
+            text=text,
+            found=bool(answer and answer.found),
+            valid=answer is not None,
+            seconds=seconds,
+            image=picture,
+        )
+
+
+def _check_question(question: str) -> None:
+    if not question.strip():
+        raise InputError("the question is empty; expected something like 'Where is the foot ulcer?'")
+    if len(question) > MAX_QUESTION_CHARACTERS:
+        raise InputError(
+            f"the question has {len(question):,} characters; expected at most {MAX_QUESTION_CHARACTERS:,}: shorten it"
+        )

@@ -1,0 +1,114 @@
+"""Training examples: a row of a data set, seen anew each time it is drawn, becomes picture, question and answer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch.utils.data import Dataset
+
+from coreseg.config import SftConfig
+from coreseg.data.build.describe import describe
+from coreseg.data.store import LesionSet
+from coreseg.errors import DataError
+from coreseg.masks import mask_to_boxes
+from coreseg.questions import ask, attribute_questions
+from coreseg.train.augment import augment
+from coreseg.types import Answer, Sample
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about one picture with its reference: boxes in the picture's own pixels."""
+
+    image: UInt8[np.ndarray, "height width 3"]
+    mask: Bool[np.ndarray, "height width"]
+    question: str
+    answer: Answer
+
+
+class Examples(Dataset[Example]):
+    """The rows of one split of one or more data sets.
+
+    The n-th look at a row is drawn from (seed, row, n): changes of the picture, the question's words, whether it asks
+    for one of several lesions or for something that is not there.
+    """
+
+    def __init__(self, rows: list[tuple[LesionSet, Sample]], config: SftConfig) -> None:
+        self.rows = rows
+        self.config = config
+        self._looks: dict[int, int] = {}
+        self._categories = sorted({(sample.anatomy, sample.category) for _, sample in rows})
+
+    @classmethod
+    def open(cls, config: SftConfig, split: str) -> "Examples":
+        """All rows of `split`; raises DataError where there is none to train on."""
+        sets = [LesionSet.open(path) for path in config.data]
+        rows = [(lesions, sample) for lesions in sets for sample in lesions.split(split)]
+        if split == "train" and not rows:
+            raise DataError(f"no train rows in {', '.join(config.data)}; set `split` to train in metadata.jsonl")
+        return cls(rows, config)
+
+    @property
+    def weights(self) -> Float[np.ndarray, " rows"]:
+        """How often each row should be drawn, up to a factor."""
+        sources = [sample.source for _, sample in self.rows]
+        counts = {source: sources.count(source) for source in set(sources)}
+        factors = self.config.source_weights or {}
+        return np.array([factors.get(s, 1.0) * counts[s] ** -self.config.balance for s in sources])
+
+    def fixed(self, count: int, seed: int) -> list[Example]:
+        """`count` rows in equal steps through the split, unchanged, each with its plain question: for validation."""
+        numbers = np.unique(np.linspace(0, len(self.rows) - 1, count).astype(int)) if self.rows else []
+        examples = []
+        for number in numbers:
+            lesions, sample = self.rows[number]
+            image, mask = lesions.image(sample), lesions.mask(sample)
+            question = ask(sample.category, np.random.default_rng((seed, number)))
+            examples.append(Example(image, mask, question, _answer(sample.category, mask, sample.reasoning)))
+        return examples
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Example:
+        look = self._looks[number] = self._looks.get(number, -1) + 1
+        rng = np.random.default_rng((self.config.seed, number, look))
+        lesions, sample = self.rows[number]
+        image, mask = lesions.image(sample), lesions.mask(sample)
+        if self.config.remeasure:
+            image, mask = _changed(image, mask, rng)
+        category, reasoning = sample.category, sample.reasoning
+        question = ask(category, rng)
+        attributes = []
+        if rng.random() < self.config.attribute_share:
+            attributes = attribute_questions(image, mask, category, rng)
+        if attributes:
+            chosen = attributes[int(rng.integers(len(attributes)))]
+            question, mask = chosen.text, chosen.mask
+        elif rng.random() < self.config.absent_share:
+            elsewhere = [c for anatomy, c in self._categories if anatomy != sample.anatomy and c != category]
+            if elsewhere:
+                category, mask = elsewhere[int(rng.integers(len(elsewhere)))], np.zeros_like(mask)
+                question = ask(category, rng)
+        if self.config.remeasure or category != sample.category or attributes:
+            seed = int(rng.integers(2**31))
+            reasoning = describe(image, mask, sample.modality, sample.anatomy, category, seed)
+        return Example(image, mask, question, _answer(category, mask, reasoning))
+
+
+def _changed(
+    image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray, "height width"], rng: np.random.Generator
+) -> tuple[UInt8[np.ndarray, "height width 3"], Bool[np.ndarray, "height width"]]:
+    """One random change of picture and mask (see `augment`)."""
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    new_image, new_mask = augment(pixels, torch.from_numpy(mask)[None, None].float(), generator)
+    as_bytes: Any = (new_image[0].permute(1, 2, 0) * 255).round().byte().numpy()
+    return as_bytes, new_mask[0, 0].bool().numpy()
+
+
+def _answer(category: str, mask: Bool[np.ndarray, "height width"], reasoning: str) -> Answer:
+    boxes = tuple((int(b[0]), int(b[1]), int(b[2]), int(b[3])) for b in mask_to_boxes(mask))
+    return Answer(category, boxes, reasoning, found=bool(boxes))

@@ -1,0 +1,306 @@
+"""Stage 1, supervised fine-tuning: LoRA, adapter and mask decoder, teacher-forced on reference answers.
+
+    L = text_weight * L_text + mask_weight * L_DiceCE
+
+L_text is the cross-entropy of the answer's tokens, L_DiceCE the mask loss of the rows whose answer has a `<seg>`.
+Source: CORE-Seg (arXiv 2603.05911), CoT-based semantic alignment. Our choices: the `<seg>` row of the embedding and
+output matrices trains beside LoRA; a rank of 0 trains the whole language model (for reasoners made from scratch).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import nn
+from torch.nn import functional
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from coreseg import config as settings
+from coreseg.config import SftConfig
+from coreseg.errors import ConfigError, DataError, MissingExtraError
+from coreseg.imaging import overlay
+from coreseg.metrics import detect_score, dice
+from coreseg.model.assemble import find_checkpoint, freeze_all_but_heads, load_parts
+from coreseg.model.core_seg import CoreSeg
+from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
+from coreseg.segmenter import Segmenter
+from coreseg.train.collate import Example, Examples
+from coreseg.train.losses import dice_ce
+
+SETTINGS_FILE = "sft.toml"
+
+
+def train_sft(config: SftConfig) -> Path:
+    """Run stage 1 and return the run folder, which `Segmenter.from_pretrained` opens at once.
+
+    A run folder that already holds checkpoints of the same settings is resumed from its last one. Raises ConfigError
+    where the folder belongs to other settings, DataError for data sets without training rows.
+    """
+    out = Path(config.out)
+    _claim(out, config)
+    torch.manual_seed(config.seed)
+    model, processor = load_parts(config.model)
+    prepare(model, config)
+    examples = Examples.open(config, "train")
+    validation = Examples.open(config, "val")
+    trainer = SftTrainer(
+        model=model,
+        args=training_arguments(config),
+        train_dataset=examples,
+        data_collator=Collator(processor),
+        callbacks=[Watch(config, processor, validation)],
+        settings=config,
+    )
+    last = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
+    return out
+
+
+def prepare(model: CoreSeg, config: SftConfig) -> None:
+    """Decide what trains: LoRA and the `<seg>` row (or the whole language model), the adapter, the mask decoder."""
+    freeze_all_but_heads(model)
+    model.segmenter.mask_decoder.requires_grad_(config.train_decoder and config.mask_weight > 0)
+    model.segmenter.no_memory_embedding.requires_grad_(False)
+    model.adapter.requires_grad_(config.mask_weight > 0)
+    if config.lora_rank:
+        add_lora(model, config.lora_rank, config.lora_alpha)
+    else:
+        for name, parameter in model.reasoner.named_parameters():
+            parameter.requires_grad_("vision" not in name and "visual" not in name)
+    if config.gradient_checkpointing:
+        model.reasoner.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def add_lora(model: CoreSeg, rank: int, alpha: int) -> None:
+    """Wrap the reasoner's language model in LoRA, with the `<seg>` row trainable in both matrices."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise MissingExtraError("training needs the extra: pip install 'coreseg[train]'") from error
+
+    text = "language_model" if any("language_model" in name for name, _ in model.reasoner.named_modules()) else "text_model"
+    tied = model.config.reasoner_config.get_text_config().tie_word_embeddings
+    rows = [model.config.seg_token_id]
+    embedding = next(n for n, m in model.reasoner.named_modules() if m is model.reasoner.get_input_embeddings())
+    head = next(n for n, m in model.reasoner.named_modules() if m is model.reasoner.get_output_embeddings())
+    model.reasoner = get_peft_model(
+        model.reasoner,
+        LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=rf".*{text}.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+            trainable_token_indices=rows if tied else {embedding: rows, head: rows},
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Examples to model inputs: the processor's batch, and the reference masks at the segmenter's size."""
+
+    processor: CoreSegProcessor
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """One batch as keyword arguments of `SftTrainer.compute_loss`."""
+        batch = self.processor(
+            [e.image for e in examples], [e.question for e in examples], [e.answer for e in examples]
+        )
+        return {"batch": batch, "masks": torch.stack([self.reference(e) for e in examples])}
+
+    def reference(self, example: Example) -> Float[torch.Tensor, "side side"]:
+        """The mask stretched to the segmenter's square; a lesion of any size keeps at least its brightest pixel."""
+        side = (self.processor.config.segmenter_size_px,) * 2
+        mask = torch.from_numpy(example.mask)[None, None].float()
+        small = functional.interpolate(mask, side, mode="bilinear", antialias=True)[0, 0]
+        return (small >= min(0.5, max(float(small.max()), 1e-6))).float()
+
+
+def text_loss(
+    logits: Float[torch.Tensor, "batch tokens vocabulary"], batch: Batch
+) -> Float[torch.Tensor, ""]:
+    """Cross-entropy of every answer token, averaged over the batch's answer tokens."""
+    return functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=IGNORED
+    )
+
+
+class SftTrainer(Trainer):  # type: ignore[misc]
+    """`Trainer` with this stage's loss, two learning rates, and rows drawn by set size."""
+
+    def __init__(self, *, settings: SftConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.settings = settings
+        # The loss is a mean over its own rows, so that Trainer has to divide by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self.parts: dict[str, float] = {}
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Text and mask loss of one batch."""
+        batch: Batch = inputs["batch"]
+        wants_mask = self.settings.mask_weight > 0
+        output = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            reasoner_inputs=batch.reasoner_inputs,
+            segmenter_pixels=batch.segmenter_pixels if wants_mask else None,
+        )
+        text = text_loss(output.logits, batch)
+        loss = self.settings.text_weight * text
+        self._keep("text_loss", text)
+        if wants_mask and output.with_mask.any():
+            mask = dice_ce(output.mask_logits, inputs["masks"][output.with_mask])
+            loss = loss + self.settings.mask_weight * mask
+            self._keep("mask_loss", mask)
+        return (loss, output) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's figures with the two losses apart."""
+        if "loss" in logs:
+            logs.update({name: round(value, 4) for name, value in self.parts.items()})
+        super().log(logs, *args, **kwargs)
+
+    def _keep(self, name: str, value: torch.Tensor) -> None:
+        old = self.parts.get(name, value.item())
+        self.parts[name] = 0.9 * old + 0.1 * value.item()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """AdamW: one learning rate for the language model, one for adapter and mask decoder."""
+        if self.optimizer is None:
+            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            reasoner = [p for n, p in named if n.startswith("reasoner.")]
+            heads = [p for n, p in named if not n.startswith("reasoner.")]
+            groups = [
+                {"params": reasoner, "lr": self.settings.learning_rate},
+                {"params": heads, "lr": self.settings.head_learning_rate},
+            ]
+            self.optimizer = torch.optim.AdamW(
+                [group for group in groups if group["params"]], weight_decay=self.settings.weight_decay
+            )
+        return self.optimizer
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler[int]:
+        """Rows with weight 1 / (set size) ** balance; the draw depends on the seed alone."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        rows = self.settings.batch_size * self.settings.accumulation * self.settings.steps
+        weights = self.train_dataset.weights.tolist()
+        return torch.utils.data.WeightedRandomSampler(weights, rows, generator=generator)
+
+
+def training_arguments(config: SftConfig) -> TrainingArguments:
+    """The run's settings in Trainer's words."""
+    return TrainingArguments(
+        output_dir=config.out,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        logging_steps=10,
+        report_to=["tensorboard"],
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
+        dataloader_num_workers=config.workers,
+        remove_unused_columns=False,
+        seed=config.seed,
+        disable_tqdm=False,
+        ddp_find_unused_parameters=True,
+    )
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Validates by writing answers, keeps the best state in `best/`, and draws sample overlays."""
+
+    def __init__(self, config: SftConfig, processor: CoreSegProcessor, validation: Examples) -> None:
+        self.config = config
+        self.processor = processor
+        self.examples = validation.fixed(config.eval_samples, config.seed)
+        best = Path(config.out) / "best" / "figures.json"
+        self.best = json.loads(best.read_text())["score"] if best.exists() else -1.0
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """At its turn: answers to the validation questions, scored and drawn."""
+        model, step = kwargs["model"], state.global_step
+        if not self.examples or (step % self.config.eval_every and step != args.max_steps):
+            return
+        if not state.is_world_process_zero:
+            return
+        was_training = model.training
+        figures, panels = self._look(model.eval())
+        model.train(was_training)
+        folder = Path(self.config.out)
+        with (folder / "validation.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+        state.log_history.append({"step": step, **{f"val_{k}": v for k, v in figures.items()}})
+        print(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+        (folder / "overlays").mkdir(exist_ok=True)
+        _sheet(panels).save(folder / "overlays" / f"step-{step:06d}.png")
+        if figures["score"] > self.best:
+            self.best = figures["score"]
+            save_checkpoint(model, self.processor, folder / "best")
+            (folder / "best" / "figures.json").write_text(json.dumps({"step": step, **figures}))
+
+    def _look(self, model: CoreSeg) -> tuple[dict[str, float], list[Any]]:
+        segmenter = Segmenter(model, self.processor)
+        results = []
+        for start in range(0, len(self.examples), 16):
+            part = self.examples[start : start + 16]
+            results += segmenter.segment_batch([e.image for e in part], [e.question for e in part], constrained=False)
+        pairs = list(zip(results, self.examples, strict=True))
+        dices = [dice(result.mask, example.mask) for result, example in pairs]
+        detects = [detect_score(r.boxes, np.array(e.answer.boxes).reshape(-1, 4)) for r, e in pairs]
+        figures = {
+            "dice": float(np.mean(dices)),
+            "detect": float(np.mean(detects)),
+            "valid": float(np.mean([result.valid for result in results])),
+        }
+        # Without a mask loss the boxes are what this run learns.
+        figures["score"] = figures["dice"] if self.config.mask_weight > 0 else figures["detect"]
+        return figures, [overlay(e.image, r.mask, r.boxes, reference=e.mask) for r, e in pairs[:12]]
+
+
+def _sheet(panels: Sequence[Any], side: int = 224) -> Any:
+    from PIL import Image
+
+    sheet = Image.new("RGB", (4 * side, -(-len(panels) // 4) * side))
+    for number, panel in enumerate(panels):
+        small = panel.copy()
+        small.thumbnail((side, side))
+        sheet.paste(small, ((number % 4) * side, (number // 4) * side))
+    return sheet
+
+
+def save_checkpoint(model: CoreSeg, processor: CoreSegProcessor, path: Path) -> None:
+    """One folder with the whole model, LoRA merged in, that `Segmenter.from_pretrained` opens."""
+    import copy
+
+    whole = model
+    if hasattr(model.reasoner, "merge_and_unload"):
+        whole = copy.deepcopy(model)
+        whole.reasoner = whole.reasoner.merge_and_unload()
+    whole.save_pretrained(path)
+    processor.save_pretrained(path)
+
+
+def _claim(out: Path, config: SftConfig) -> None:
+    """The run folder, holding these settings; refused where it holds others."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / SETTINGS_FILE
+    if file.exists() and settings.load(SftConfig, file) != config:
+        raise ConfigError(f"{out} holds a run with other settings ({file}); give another `out`, or delete that folder")
+    settings.save(config, file)
+
+
+__all__ = ["Collator", "DataError", "SftTrainer", "find_checkpoint", "save_checkpoint", "text_loss", "train_sft"]

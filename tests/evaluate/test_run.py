@@ -1,0 +1,312 @@
+"""The runner: what it asks, records and resumes; and what the records add up to, against figures worked by hand."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coreseg.data.store import LesionSet
+from coreseg.errors import ConfigError, DataError
+from coreseg.evaluate import Evaluation, Record, SegmenterPredictor, evaluate, summarise
+from coreseg.types import Result, Sample
+
+
+def run(lesion_set: LesionSet, predictor: Any, **options: Any) -> Evaluation:
+    """`evaluate` without a progress bar."""
+    return evaluate(lesion_set, predictor, progress=False, **options)
+
+
+def means(block: dict[str, Any]) -> dict[str, float]:
+    """The means of a block of figures, without their intervals."""
+    return {name: figure["mean"] for name, figure in block.items() if isinstance(figure, dict) and "mean" in figure}
+
+
+def test_gold_answers_score_full_marks(lesion_set: LesionSet, oracle: Any) -> None:
+    summary = run(lesion_set, oracle).summary
+    assert (summary["n"], summary["n_lesion"], summary["n_lesion_free"]) == (5, 4, 1)
+    full = dict.fromkeys(("dice", "iou", "detect"), 100.0)
+    none = dict.fromkeys(("failure", "invalid", "missed", "near_miss", "wrong_category"), 0.0)
+    assert means(summary["pooled"]) == means(summary["macro"]) == {**full, **none}
+    assert summary["presence"]["specificity"]["mean"] == summary["presence"]["sensitivity"]["mean"] == 100.0
+    assert summary["seconds_median"] == 0.25
+    assert summary["attributes"] is None, "attribute questions are asked on demand only"
+
+
+def test_absent_everywhere_is_missed_not_invalid(
+    lesion_set: LesionSet, scripted: Any, give: Callable[..., Result]
+) -> None:
+    silent = scripted(lambda sample, image, question: give(sample.category, np.zeros(image.shape[:2], bool), []))
+    summary = run(lesion_set, silent).summary
+    pooled = means(summary["pooled"])
+    assert (pooled["failure"], pooled["missed"], pooled["invalid"]) == (100.0, 100.0, 0.0)
+    assert pooled["dice"] == pooled["detect"] == 0.0
+    assert summary["presence"]["sensitivity"]["mean"] == 0.0
+    assert summary["presence"]["specificity"]["mean"] == 100.0
+
+
+def test_a_malformed_answer_counts_as_an_empty_mask(
+    lesion_set: LesionSet, scripted: Any, give: Callable[..., Result]
+) -> None:
+    def answer(sample: Sample, image: np.ndarray, question: str) -> Result:
+        return give(sample.category, np.ones(image.shape[:2], bool), [(0, 0, 40, 30)], text="The lesion is <seg>")
+
+    evaluation = run(lesion_set, scripted(answer))
+    pooled = means(evaluation.summary["pooled"])
+    assert (pooled["failure"], pooled["missed"], pooled["invalid"]) == (100.0, 0.0, 100.0)
+    assert pooled["dice"] == pooled["iou"] == pooled["detect"] == 0.0
+    presence = evaluation.summary["presence"]
+    assert presence["specificity"]["mean"] == presence["invalid_lesion_free"]["mean"] == 100.0
+    assert presence["sensitivity"]["mean"] == 0.0
+    assert all(record.boxes == () and record.predicted_share == 0 and not record.found for record in evaluation.records)
+
+
+def test_lesion_free_rows_never_enter_the_headlines(
+    lesion_set: LesionSet, scripted: Any, give: Callable[..., Result]
+) -> None:
+    everything = scripted(
+        lambda sample, image, question: give(sample.category, np.ones(image.shape[:2], bool), [(0, 0, 40, 30)])
+    )
+    summary = run(lesion_set, everything).summary
+    dices = [200 * area / (1200 + area) for area in (100, 100, 125, 16)]
+    assert summary["pooled"]["dice"]["mean"] == pytest.approx(np.mean(dices))
+    assert summary["macro"]["dice"]["mean"] == pytest.approx((np.mean(dices[:3]) + dices[3]) / 2)
+    assert summary["macro"]["sets"] == 2
+    assert summary["pooled"]["near_miss"]["mean"] == 25.0, "the polyp's Dice is 0.026"
+    assert summary["pooled"]["failure"]["mean"] == 0.0, "the whole image never fails"
+    assert summary["presence"]["specificity"]["mean"] == 0.0
+    assert summary["presence"]["specificity_by_source"]["clear"]["mean"] == 0.0
+    assert set(summary["by"]["source"]) == {"cysts", "polyps"}
+    assert summary["by"]["anatomy"]["abdomen"]["dice"]["mean"] == pytest.approx(dices[3])
+    assert summary["by"]["modality"]["mri"]["n"] == summary["by"]["category"]["cyst"]["n"] == 3
+
+
+def test_another_category_in_the_answer_is_flagged(
+    lesion_set: LesionSet, oracle: Any, give: Callable[..., Result]
+) -> None:
+    def answer(sample: Sample, image: np.ndarray, question: str) -> Result:
+        return give("cyst", lesion_set.mask(sample), sample.boxes)
+
+    summary = run(lesion_set, replace(oracle, answer=answer)).summary
+    assert summary["by"]["category"]["polyp"]["wrong_category"]["mean"] == 100.0
+    assert summary["by"]["category"]["cyst"]["wrong_category"]["mean"] == 0.0
+    assert summary["by"]["category"]["polyp"]["dice"]["mean"] == 100.0, "the flag stands beside the score"
+
+
+def test_the_rows_own_question_is_asked_unless_held_out_ones_are_wanted(lesion_set: LesionSet, oracle: Any) -> None:
+    run(lesion_set, oracle)
+    own = [sample.query for sample in lesion_set.split("val")]
+    assert oracle.asked == own
+
+    def held_out(**options: Any) -> list[str]:
+        predictor = replace(oracle, asked=[])
+        run(lesion_set, predictor, held_out_questions=True, **options)
+        return predictor.asked
+
+    first = held_out()
+    assert first == held_out(batch_size=2), "drawn by seed and row, whatever the batches"
+    assert not set(first) & set(own)
+    assert any(first != held_out(seed=seed) for seed in (1, 2, 3))
+
+
+def test_batch_size_changes_nothing(lesion_set: LesionSet, oracle: Any) -> None:
+    together, single = (run(lesion_set, oracle, batch_size=size, attribute_questions=True).records for size in (8, 1))
+    assert together == single
+
+
+def test_each_answer_is_a_line_on_disk(lesion_set: LesionSet, oracle: Any, tmp_path: Path) -> None:
+    evaluation = run(lesion_set, oracle, out=tmp_path / "out")
+    header, *lines = (tmp_path / "out" / "records.jsonl").read_text().splitlines()
+    assert json.loads(header)["settings"] == json.loads(json.dumps(evaluation.settings))
+    assert len(lines) == 5
+    first = json.loads(lines[0])
+    assert first["file_name"] == "images/cyst_2.png"
+    assert (first["source"], first["case"], first["dice"], first["boxes"]) == ("cysts", "p2", 1.0, [[2, 2, 12, 12]])
+    assert first["lesion_share"] == pytest.approx(100 / 1200)
+
+
+@pytest.mark.parametrize("attributes", [False, True])
+def test_a_stopped_run_goes_on(lesion_set: LesionSet, oracle: Any, tmp_path: Path, attributes: bool) -> None:
+    def stop_at_polyp(sample: Sample, image: np.ndarray, question: str) -> Result:
+        if sample.category == "polyp":
+            raise KeyboardInterrupt
+        result: Result = oracle.answer(sample, image, question)
+        return result
+
+    options = {"batch_size": 1, "attribute_questions": attributes}
+    with pytest.raises(KeyboardInterrupt):
+        run(lesion_set, replace(oracle, answer=stop_at_polyp), out=tmp_path, **options)
+    file = tmp_path / "records.jsonl"
+    kept = file.read_bytes()
+    # The process may die within a line, and between the lines of one row.
+    unfinished_row = kept.splitlines(keepends=True)[1].replace(b'"attribute": ""', b'"attribute": "largest"')
+    file.write_bytes(kept + unfinished_row + b'{"file_name": "images/po')
+    again = replace(oracle, asked=[])
+    resumed = run(lesion_set, again, out=tmp_path, **options)
+    assert again.asked == ["Locate and segment the polyp."] * 2, "only what was missing is asked"
+    assert resumed.records == run(lesion_set, oracle, **options).records
+    assert file.read_bytes().startswith(kept)
+    finished = file.read_bytes()
+    assert run(lesion_set, again, out=tmp_path, **options).records == resumed.records
+    assert file.read_bytes() == finished
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"held_out_questions": True}, {"limit": 2}])
+def test_records_of_another_run_are_not_mixed_in(
+    lesion_set: LesionSet, oracle: Any, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    run(lesion_set, oracle, out=tmp_path)
+    with pytest.raises(ConfigError, match="another run"):
+        run(lesion_set, oracle, out=tmp_path, **change)
+
+
+def test_a_retrained_checkpoint_is_another_run(lesion_set: LesionSet, oracle: Any, tmp_path: Path) -> None:
+    run(lesion_set, replace(oracle, settings={"checkpoint": "aa"}), out=tmp_path)
+    with pytest.raises(ConfigError, match="another run"):
+        run(lesion_set, replace(oracle, settings={"checkpoint": "bb"}), out=tmp_path)
+
+
+def test_limit_is_spread_over_the_split(lesion_set: LesionSet, oracle: Any) -> None:
+    assert [record.mask_file_name for record in run(lesion_set, oracle, limit=2).records] == [
+        "masks/cyst_2.png",
+        "masks/cyst_4.png",
+    ]
+    assert len(run(lesion_set, oracle, limit=99).records) == 5
+
+
+def test_a_split_without_rows_is_a_clear_error(lesion_set: LesionSet, oracle: Any) -> None:
+    with pytest.raises(DataError, match="no rows in split 'test'"):
+        run(lesion_set, oracle, split="test")
+
+
+def test_ignoring_the_attribute_is_visible(
+    lesion_set: LesionSet, oracle: Any, give: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from coreseg import questions
+
+    def largest_only(image: Any, mask: Any, category: str, rng: Any, held_out: bool = False) -> Any:
+        big = np.zeros_like(mask)
+        big[2:12, 2:12] = True
+        return [questions.AttributeQuestion(text=f"Segment the largest {category}.", mask=big, kind="largest")]
+
+    monkeypatch.setattr(questions, "attribute_questions", largest_only)
+    ignoring = run(lesion_set, oracle, attribute_questions=True)
+    asked = [record for record in ignoring.records if record.attribute]
+    assert [(record.file_name, record.attribute) for record in asked] == [("images/cyst_4.png", "largest")]
+    block = means(ignoring.summary["attributes"])
+    assert block["dice"] == block["whole"] == block["plain"] == pytest.approx(100 * 200 / 225)
+    assert block["gain"] == 0.0
+    assert block["detect"] == pytest.approx(100 * 2 / 3)
+    assert ignoring.summary["n"] == 5, "attribute questions enter no other figure"
+    assert ignoring.summary["pooled"]["dice"]["mean"] == 100.0
+
+    def obey(sample: Sample, image: np.ndarray, question: str) -> Result:
+        mask = lesion_set.mask(sample).copy()
+        if "largest" not in question:
+            return give(sample.category, mask, sample.boxes)
+        mask[15:] = False
+        return give(sample.category, mask, sample.boxes[:1])
+
+    block = run(lesion_set, replace(oracle, answer=obey), attribute_questions=True).summary["attributes"]
+    assert means(block)["dice"] == means(block)["detect"] == 100.0
+    assert means(block)["gain"] == block["by"]["largest"]["mean"] == pytest.approx(100 * 25 / 225)
+
+
+def test_attribute_questions_of_the_package_are_asked_and_scored(lesion_set: LesionSet, oracle: Any) -> None:
+    evaluation = run(lesion_set, oracle, attribute_questions=True)
+    asked = [record for record in evaluation.records if record.attribute]
+    assert asked
+    assert {record.file_name for record in asked} == {"images/cyst_4.png"}, "one lesion leaves nothing to choose"
+    assert all(record.question in oracle.asked and record.dice == record.whole_dice < 1 for record in asked)
+
+
+def test_segmenter_predictor_asks_the_segmenter(lesion_set: LesionSet, give: Callable[..., Result]) -> None:
+    class Segmenter:
+        def segment_batch(self, images: list[np.ndarray], questions: list[str]) -> list[Result]:
+            return [give(words, image[..., 0] > 150, []) for image, words in zip(images, questions, strict=True)]
+
+    sample = lesion_set.split("val")[0]
+    [result] = SegmenterPredictor(Segmenter(), "nano").predict([sample], [lesion_set.image(sample)], ["where"])
+    assert "No where is visible" in result.text
+    assert np.array_equal(result.mask, lesion_set.mask(sample))
+
+
+def made(**fields: Any) -> Record:
+    """A record of a found, half right lesion, but for `fields`."""
+    usual: dict[str, Any] = {
+        "file_name": "i.png", "mask_file_name": "m.png", "source": "s", "modality": "mri", "anatomy": "head",
+        "category": "cyst", "case": "", "attribute": "", "question": "?", "lesion_share": 0.1, "text": "",
+        "valid": True, "found": True, "wrong_category": False, "predicted_share": 0.1, "dice": 0.5,
+        "iou": 1 / 3, "detect": 0.5, "boxes": (), "seconds": 1.0,
+    }  # fmt: skip
+    return Record(**{**usual, **fields})
+
+
+@settings(max_examples=25, deadline=None)  # a summary holds some hundred bootstraps
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.sampled_from([0.0, 0.03, 0.5, 1.0]), st.booleans(), st.booleans()),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_summary_equals_brute_force(rows: list[tuple[str, float, bool, bool]]) -> None:
+    records = [
+        made(source=source, dice=score if valid else 0.0, valid=valid, lesion_share=0.1 * lesion)
+        for source, score, valid, lesion in rows
+    ]
+    summary = summarise(records)
+    json.dumps(summary, allow_nan=False)
+    lesion = [record for record in records if record.lesion_share]
+    assert (summary["n"], summary["n_lesion"]) == (len(records), len(lesion))
+    if not lesion:
+        assert summary["pooled"] is summary["macro"] is summary["presence"]["sensitivity"] is None
+        return
+    pooled, macro = means(summary["pooled"]), means(summary["macro"])
+    assert pooled["dice"] == pytest.approx(100 * sum(record.dice for record in lesion) / len(lesion))
+    assert pooled["failure"] == pytest.approx(100 * sum(record.dice == 0 for record in lesion) / len(lesion))
+    assert pooled["failure"] == pytest.approx(pooled["invalid"] + pooled["missed"])
+    assert pooled["near_miss"] == pytest.approx(100 * sum(record.dice < 0.05 for record in lesion) / len(lesion))
+    of_set = [[record.dice for record in lesion if record.source == name] for name in "abc"]
+    assert macro["dice"] == pytest.approx(100 * np.mean([np.mean(dices) for dices in of_set if dices]))
+    for name in pooled:
+        assert summary["pooled"][name]["low"] <= pooled[name] + 1e-9 <= summary["pooled"][name]["high"] + 2e-9
+
+
+def test_no_records_sum_up_to_nothing() -> None:
+    summary = summarise([])
+    assert summary["n"] == 0
+    assert summary["pooled"] is summary["macro"] is summary["attributes"] is summary["seconds_median"] is None
+
+
+def test_size_quartiles_hold_a_quarter_each() -> None:
+    records = [made(lesion_share=share / 100, dice=share / 100) for share in range(1, 13)]
+    quarters = summarise(records)["by"]["size"]
+    assert [(name[:2], block["n"]) for name, block in quarters.items()] == [(f"Q{k}", 3) for k in (1, 2, 3, 4)]
+    assert [block["dice"]["mean"] for block in quarters.values()] == pytest.approx([2.0, 5.0, 8.0, 11.0])
+
+
+def test_equal_sizes_do_not_break_the_quartiles() -> None:
+    assert sum(block["n"] for block in summarise([made()] * 5)["by"]["size"].values()) == 5
+
+
+def test_sensitivity_wants_the_word_and_the_mask() -> None:
+    records = [made(), made(found=False), made(predicted_share=0.0), made(lesion_share=0.0)]
+    presence = summarise(records)["presence"]
+    assert presence["sensitivity"]["mean"] == pytest.approx(100 / 3)
+    assert presence["specificity"]["mean"] == 0.0
+
+
+def test_intervals_go_by_case() -> None:
+    dices = [0.0, 1.0] * 20
+    known = summarise([made(dice=dice, case=str(dice)) for dice in dices])["pooled"]["dice"]
+    unknown = summarise([made(dice=dice, file_name=f"{row}.png") for row, dice in enumerate(dices)])["pooled"]["dice"]
+    one_image = summarise([made(dice=dice, attribute="largest") for dice in dices])["attributes"]["dice"]
+    assert (known["low"], known["high"]) == (0.0, 100.0)
+    assert (one_image["low"], one_image["high"]) == (50.0, 50.0), "questions about one image go together"
+    assert unknown["low"] > 30 and unknown["high"] < 70

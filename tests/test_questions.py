@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+
+from coreseg import questions
+from coreseg.questions import ask, attribute_questions, plural, with_article
+
+SIDE = 100
+
+
+def picture(*boxes: tuple[int, int, int, int], greys: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """A grey picture with one rectangle per box, and the mask of all."""
+    image, mask = np.full((SIDE, SIDE, 3), 100, dtype=np.uint8), np.zeros((SIDE, SIDE), dtype=bool)
+    for index, (x1, y1, x2, y2) in enumerate(boxes):
+        mask[y1:y2, x1:x2] = True
+        image[y1:y2, x1:x2] = greys[index] if greys else 180
+    return image, mask
+
+
+def answers(image: np.ndarray, mask: np.ndarray, held_out: bool = False) -> dict[str, np.ndarray]:
+    asked = attribute_questions(image, mask, "polyp", np.random.default_rng(0), held_out)
+    assert len({question.kind for question in asked}) == len(asked)
+    return {question.kind: question.mask for question in asked}
+
+
+def test_every_template_reads_well_for_any_category() -> None:
+    rng = np.random.default_rng(0)
+    texts = {ask("odd abscess", rng) for _ in range(1000)}
+    assert all("odd abscess" in text.lower() for text in texts)
+    assert not any("{" in text or "a odd" in text.lower() or "abscesss" in text.lower() for text in texts)
+    assert any("an odd abscess" in text for text in texts)
+    assert any("odd abscesses" in text for text in texts)
+
+
+def test_training_questions_vary_in_wording_case_and_closing_mark() -> None:
+    rng = np.random.default_rng(0)
+    texts = [ask("foot ulcer", rng) for _ in range(500)]
+    assert len(set(texts)) > 100
+    assert any(text == text.lower() for text in texts) and any(text[0].isupper() for text in texts)
+    assert any(text[-1] in ".?" for text in texts) and any(text[-1] not in ".?" for text in texts)
+    assert any("open sore" in text.lower() for text in texts)
+
+
+def test_held_out_questions_share_no_wording_with_training() -> None:
+    rng = np.random.default_rng(0)
+    training = {ask("foot ulcer", rng).lower().rstrip(".?") for _ in range(2000)}
+    held_out = {ask("foot ulcer", rng, held_out=True) for _ in range(500)}
+    assert len(questions._TEMPLATES) >= 24 and len(questions._HELD_OUT_TEMPLATES) >= 8
+    assert not training & {text.lower().rstrip(".?") for text in held_out}
+    assert any("wound" in text for text in held_out) and not any("wound" in text for text in training)
+
+
+def test_no_lay_word_is_both_trained_and_held_out() -> None:
+    for in_training, held_out in questions._LAY_WORDS.values():
+        assert not set(in_training) & set(held_out)
+    for in_training, held_out in questions._TARGETS.values():
+        assert not set(in_training) & set(held_out)
+
+
+def test_the_seed_decides() -> None:
+    assert ask("polyp", np.random.default_rng(4)) == ask("polyp", np.random.default_rng(4))
+
+
+@pytest.mark.parametrize(
+    ("noun", "expected"),
+    [
+        ("polyp", "polyps"),
+        ("lung opacity", "lung opacities"),
+        ("bleeding in the retina", "bleedings in the retina"),
+        ("brain mass", "brain masses"),
+        ("metastasis", "metastases"),
+        ("x-ray", "x-rays"),
+    ],
+)
+def test_plural(noun: str, expected: str) -> None:
+    assert plural(noun) == expected
+
+
+def test_article() -> None:
+    assert with_article("ulcer") == "an ulcer" and with_article("polyp") == "a polyp"
+    assert with_article("MS lesion") == "an MS lesion" and with_article("x-ray image") == "an x-ray image"
+    assert with_article("CT scan") == "a CT scan" and with_article("ischemic stroke") == "an ischemic stroke"
+
+
+def test_attributes_pick_the_right_lesion() -> None:
+    boxes = ((5, 40, 15, 50), (40, 5, 70, 35), (80, 80, 95, 95))
+    image, mask = picture(*boxes, greys=(200, 20, 120))
+    got = answers(image, mask)
+    only = [picture(box)[1] for box in boxes]
+    expected = {
+        "largest": only[1],
+        "smallest": only[0],
+        "left": only[0],
+        "right": only[2],
+        "upper": only[1],
+        "lower": only[2],
+        "brightest": only[0],
+        "darkest": only[1],
+        "all but largest": only[0] | only[2],
+        "all but smallest": only[1] | only[2],
+    }
+    assert got.keys() == expected.keys()
+    for kind, answer in expected.items():
+        np.testing.assert_array_equal(got[kind], answer, err_msg=kind)
+
+
+def test_what_is_not_clear_is_not_asked() -> None:
+    image, mask = picture((10, 10, 30, 30), (14, 60, 36, 80))
+    assert answers(image, mask).keys() == {"upper", "lower"}
+
+
+def test_a_centre_further_left_is_not_enough_when_the_border_is_not() -> None:
+    image, mask = picture((20, 10, 30, 20), (10, 60, 90, 70))
+    assert "left" not in answers(image, mask)
+
+
+@pytest.mark.parametrize("boxes", [(), ((10, 10, 30, 30),), ((10, 10, 30, 30), (60, 60, 61, 62))])
+def test_one_lesion_or_none_gives_no_attribute_question(boxes: tuple[tuple[int, int, int, int], ...]) -> None:
+    assert not answers(*picture(*boxes))
+
+
+def test_crumbs_are_no_lesions_but_stay_in_the_mask() -> None:
+    crumb = (60, 60, 61, 62)
+    boxes = ((5, 5, 15, 15), (40, 5, 70, 35), (80, 80, 95, 95))
+    got = answers(*picture(*boxes, crumb))
+    assert "smallest" not in got and "all but smallest" not in got
+    np.testing.assert_array_equal(got["all but largest"], picture(boxes[0], boxes[2], crumb)[1])
+    np.testing.assert_array_equal(got["largest"], picture(boxes[1])[1])
+
+
+def test_more_than_eight_lesions_are_not_told_apart() -> None:
+    image, mask = picture(*((10 * i, 10 * i, 10 * i + 4 + i // 8 * 4, 10 * i + 5) for i in range(9)))
+    assert not answers(image, mask)
+
+
+def test_attribute_questions_differ_when_held_out() -> None:
+    image, mask = picture((5, 40, 15, 50), (40, 5, 70, 35), (80, 80, 95, 95))
+    texts: dict[bool, set[str]] = {False: set(), True: set()}
+    for held_out in texts:
+        for seed in range(200):
+            asked = attribute_questions(image, mask, "polyp", np.random.default_rng(seed), held_out)
+            texts[held_out] |= {question.text.lower().rstrip(".?") for question in asked}
+    assert not texts[False] & texts[True]
+    assert len(texts[False]) > 100
