@@ -1,7 +1,9 @@
 """What every test shares: array shapes checked at run time, and the real images where a checkout has them."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
@@ -18,3 +20,45 @@ def shared_lesions() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/data/lesions beside this checkout: the real images are not part of the project")
     return folder
+
+
+@pytest.fixture
+def bright_segmenter(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The class of a segmenter without weights, which the command line now loads under any name.
+
+    It finds whatever is brighter than 200; where a question says "mumble", its answer is malformed. `loaded` keeps
+    what it was asked to load.
+    """
+    from coreseg.answer import answer_sentence, render
+    from coreseg.imaging import read_image
+    from coreseg.masks import mask_to_boxes
+    from coreseg.segmenter import Segmenter, check_question
+    from coreseg.types import Answer, Result
+
+    class BrightSegmenter(Segmenter):
+        loaded: list[tuple[Any, ...]] = []  # noqa: RUF012 one list for the test
+
+        def __init__(self) -> None:
+            pass
+
+        def segment(self, image: Any, question: str, *, constrained: bool = True) -> Result:
+            check_question(question)
+            picture = read_image(image)
+            mask = (picture > 200).any(axis=2)
+            boxes = mask_to_boxes(mask)
+            answer = Answer("tumor", tuple(tuple(map(int, box)) for box in boxes), "It is bright.", bool(mask.any()))
+            if "mumble" in question:
+                return Result(np.zeros_like(mask), boxes[:0], "", "", "<think> hm", False, False, 0.5, picture)
+            return Result(
+                mask, boxes, answer.reasoning, answer_sentence(answer), render(answer), answer.found, True, 0.5, picture
+            )
+
+        def segment_batch(self, images: Any, questions: Any, *, constrained: bool = True) -> list[Result]:
+            return [self.segment(*each, constrained=constrained) for each in zip(images, questions, strict=True)]
+
+    def load(*arguments: Any) -> BrightSegmenter:
+        BrightSegmenter.loaded.append(arguments)
+        return BrightSegmenter()
+
+    monkeypatch.setattr(Segmenter, "from_pretrained", staticmethod(load))
+    return BrightSegmenter

@@ -34,7 +34,7 @@ _FORM = re.compile(
     r"|No (?P<absent>[^<>\[\]]+?) is visible\.) </answer>",
     re.DOTALL,
 )
-_BOX = re.compile(r"\[(\d{1,6}), (\d{1,6}), (\d{1,6}), (\d{1,6})\]")
+_BOX = re.compile(r"\[([0-9]{1,6}), ([0-9]{1,6}), ([0-9]{1,6}), ([0-9]{1,6})\]")
 
 
 @dataclass(frozen=True)
@@ -77,21 +77,23 @@ def answer_sentence(answer: Answer) -> str:
 def parse(text: str, frame_wh: tuple[int, int] | None = None) -> Answer | None:
     """The answer in a model's text, or None where its form is invalid.
 
-    Invalid are: anything but the exact form (space around the whole is ignored), no box or more than eight, a box
-    without area, and, where the frame's width and height are given, a box that leaves it.
+    Invalid are: anything but the exact form (space around the whole is ignored), an empty category, no box or more
+    than eight, a box without area, and, where the frame's width and height are given, a box that leaves it.
     """
     match = _FORM.fullmatch(text.strip())
     if match is None:
         return None
-    reasoning = match["reasoning"].strip()
+    reasoning, category = match["reasoning"].strip(), (match["category"] or match["absent"]).strip()
+    if not category:
+        return None
     if match["absent"]:
-        return Answer(category=match["absent"].strip(), boxes=(), reasoning=reasoning, found=False)
+        return Answer(category=category, boxes=(), reasoning=reasoning, found=False)
     boxes = tuple((int(x1), int(y1), int(x2), int(y2)) for x1, y1, x2, y2 in _BOX.findall(match["boxes"]))
     if match["boxes"] != str([list(box) for box in boxes]) or not 0 < len(boxes) <= MAX_BOXES:
         return None
     if not all(_inside(box, frame_wh) for box in boxes):
         return None
-    return Answer(category=match["category"].strip(), boxes=boxes, reasoning=reasoning, found=True)
+    return Answer(category=category, boxes=boxes, reasoning=reasoning, found=True)
 
 
 def _inside(box: Box, frame_wh: tuple[int, int] | None) -> bool:

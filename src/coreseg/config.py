@@ -1,10 +1,13 @@
 """Settings of a training run: read from TOML, checked, and saved beside every checkpoint as they were resolved."""
 
+import difflib
+import json
+import math
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +35,11 @@ class SftConfig:
     absent_share: share of questions about a category of another anatomy, answered by the absent form.
     balance: rows are drawn with weight 1 / (set size) ** balance; 0 draws rows evenly, 1 sets evenly.
     source_weights: a factor on that weight by source, for those that should come more or less often.
+    warmup_steps: steps in which the learning rates rise; they fall by a cosine after.   weight_decay: of AdamW.
+    max_grad_norm: gradients are clipped to this norm; 0 does not clip.
     eval_every, save_every, overlay_every: in steps.          eval_samples: validation rows looked at each time.
+    precision: fp32, bf16 or fp16.                            gradient_checkpointing: less memory for more time.
+    workers: processes that load rows; 0 loads them in this one.                         seed: of every draw.
     """
 
     model: str
@@ -68,14 +75,19 @@ class SftConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "eval_every", "save_every", "overlay_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("learning_rate", "head_learning_rate"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("text_weight", "mask_weight", "lora_rank", "warmup_steps", "weight_decay"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("learning_rate", "head_learning_rate", "lora_alpha"):
+            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a number above 0")
+        for name in (
+            "text_weight", "mask_weight", "lora_rank", "warmup_steps", "weight_decay", "max_grad_norm", "balance",
+            "eval_samples", "workers", "seed",
+        ):  # fmt: skip
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         for name in ("attribute_share", "absent_share"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         _require(self.precision in ("fp32", "bf16", "fp16"), "precision", self.precision, "fp32, bf16 or fp16")
         _require(bool(self.data), "data", self.data, "at least one data-set folder")
+        for source, weight in (self.source_weights or {}).items():
+            _require(0 <= weight < math.inf, f"source_weights, {source!r},", weight, "0 or more")
 
 
 def _require(fine: bool, name: str, got: object, expected: str) -> None:
@@ -104,10 +116,8 @@ def load(kind: type[Settings], path: str | Path, overrides: Sequence[str] = ()) 
     return build(kind, values, str(file))
 
 
-def build(kind: type[Settings], values: dict[str, Any], where: str) -> Settings:
-    """Settings from plain values, each checked against its field's type."""
-    import difflib
-
+def build(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
+    """Settings from plain values, each checked against its field's type. Raises ConfigError as `load` does."""
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
@@ -115,7 +125,7 @@ def build(kind: type[Settings], values: dict[str, Any], where: str) -> Settings:
             hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(hints)}"
             raise ConfigError(f"{where}: unknown setting {key!r}; {hint}")
     checked = {key: _as_type(value, hints[key], f"{where}: setting {key!r}") for key, value in values.items()}
-    missing = [field.name for field in fields(kind) if field.name in ("model", "data", "out") and field.name not in checked]
+    missing = [field.name for field in fields(kind) if field.default is MISSING and field.name not in checked]
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} missing; give it in the file or with --set")
     return kind(**checked)
@@ -129,22 +139,35 @@ def _toml_value(text: str) -> Any:
 
 
 def _as_type(value: Any, hint: Any, where: str) -> Any:
+    """The value as its field holds it. TOML has lists for tuples, and whole numbers pass for floats."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
-        origin = typing.get_origin(option) or option
-        if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if option is float and _is_number(value):
             return float(value)
-        if origin is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        if origin is tuple and isinstance(value, str):
-            return (value,)
-        if origin in (int, str, bool, dict) and type(value) is origin:
+        if option in (int, str, bool) and type(value) is option:
             return value
-    raise ConfigError(f"{where} is {value!r}, a {type(value).__name__}; expected {_type_name(hint)}")
+        if option == tuple[str, ...]:
+            items = [value] if isinstance(value, str) else value
+            if isinstance(items, list) and all(isinstance(item, str) for item in items):
+                return tuple(items)
+        if option == dict[str, float] and isinstance(value, dict) and all(map(_is_number, value.values())):
+            return {key: float(number) for key, number in value.items()}
+    expected = " or ".join(_TYPE_NAMES[option] for option in options if option in _TYPE_NAMES)
+    raise ConfigError(f"{where} is {value!r}; expected {expected}")
 
 
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_TYPE_NAMES: Mapping[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple[str, ...]: "text or a list of texts",
+    dict[str, float]: "a table of numbers, such as {busi = 2.0}",
+}
 
 
 def save(settings: SftConfig, path: Path) -> None:
@@ -157,11 +180,10 @@ def _to_toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return "{" + ", ".join(f'"{key}" = {_to_toml(item)}' for key, item in value.items()) + "}"
-    if isinstance(value, tuple | list):
+        return "{" + ", ".join(f"{_to_toml(key)} = {_to_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, tuple):
         return "[" + ", ".join(map(_to_toml, value)) + "]"
     if isinstance(value, str):
-        import json
-
-        return json.dumps(value)
+        # JSON's notation, but TOML knows no surrogate pairs and wants DEL escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)

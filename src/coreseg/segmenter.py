@@ -68,7 +68,7 @@ class Segmenter:
         """One question for each picture, answered together; the results equal those of one at a time."""
         started = time.perf_counter()
         for question in questions:
-            _check_question(question)
+            check_question(question)
         pictures = [read_image(image) for image in images]
         batch = self.processor(pictures, questions)
         grammar = self.processor.grammar
@@ -122,7 +122,8 @@ class Segmenter:
         )
 
 
-def _check_question(question: str) -> None:
+def check_question(question: str) -> None:
+    """Raises InputError for a question that is empty or too long."""
     if not question.strip():
         raise InputError("the question is empty; expected something like 'Where is the foot ulcer?'")
     if len(question) > MAX_QUESTION_CHARACTERS:

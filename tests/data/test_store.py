@@ -145,7 +145,7 @@ def test_missing_files_and_a_mask_of_another_size(root: Path) -> None:
     lesion_set = LesionSet.open(root)
     sample = lesion_set.samples[0]
     write_mask(root / sample.mask_file_name, np.ones((96, 127), dtype=bool))
-    with pytest.raises(DataError, match="127x96 px, its image .* 128x96 px"):
+    with pytest.raises(DataError, match=r"127x96 px, its image .* 128x96 px"):
         lesion_set.mask(sample)
     (root / sample.mask_file_name).unlink()
     with pytest.raises(DataError, match="missing"):
@@ -164,7 +164,6 @@ def test_a_mask_fits_an_image_that_is_stored_turned(root: Path) -> None:
     assert lesion_set.image(sample).shape[:2] == lesion_set.mask(sample).shape
 
 
-@pytest.mark.slow
 def test_the_image_folder_loader_of_datasets_opens_it_unchanged(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from coreseg.data.store import LesionSet
 from coreseg.errors import ConfigError, DataError
-from coreseg.evaluate import Evaluation, Record, SegmenterPredictor, evaluate, summarise
+from coreseg.evaluate import Evaluation, Record, evaluate, summarise
 from coreseg.types import Result, Sample
 
 
@@ -223,17 +223,6 @@ def test_attribute_questions_of_the_package_are_asked_and_scored(lesion_set: Les
     assert asked
     assert {record.file_name for record in asked} == {"images/cyst_4.png"}, "one lesion leaves nothing to choose"
     assert all(record.question in oracle.asked and record.dice == record.whole_dice < 1 for record in asked)
-
-
-def test_segmenter_predictor_asks_the_segmenter(lesion_set: LesionSet, give: Callable[..., Result]) -> None:
-    class Segmenter:
-        def segment_batch(self, images: list[np.ndarray], questions: list[str]) -> list[Result]:
-            return [give(words, image[..., 0] > 150, []) for image, words in zip(images, questions, strict=True)]
-
-    sample = lesion_set.split("val")[0]
-    [result] = SegmenterPredictor(Segmenter(), "nano").predict([sample], [lesion_set.image(sample)], ["where"])
-    assert "No where is visible" in result.text
-    assert np.array_equal(result.mask, lesion_set.mask(sample))
 
 
 def made(**fields: Any) -> Record:

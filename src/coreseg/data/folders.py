@@ -228,11 +228,14 @@ def _from_rows(folder: SetFolder, image: str, rows: list[dict[str, str]]) -> Pic
 
 
 def _from_names(folder: SetFolder, images: list[Path], masks: list[Path], refused: list[Refusal]) -> list[Picture]:
-    by_stem: dict[str, Path] = {}
+    of_stem: dict[str, list[Path]] = {}
     for path in images:
-        if by_stem.setdefault(path.stem, path) != path:
-            reason = f"{by_stem[path.stem].name} has the same stem, so their masks cannot be told apart. Rename one."
-            refused.append(Refusal(path, reason))
+        of_stem.setdefault(path.stem, []).append(path)
+    by_stem = {stem: paths[0] for stem, paths in of_stem.items() if len(paths) == 1}
+    for paths in of_stem.values():
+        if len(paths) > 1:
+            reason = f"{len(paths)} images have this stem, so whose a mask is cannot be told. Rename all but one."
+            refused += [Refusal(path, reason) for path in paths]
     found: dict[str, dict[str, tuple[Path, ...]]] = {}
     for path in masks:
         stem, words = _split_stem(path.stem, by_stem)

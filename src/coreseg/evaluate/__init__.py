@@ -3,14 +3,13 @@
 from coreseg.evaluate.baselines import BlindBaseline
 from coreseg.evaluate.records import Record, summarise
 from coreseg.evaluate.report import evaluate_and_report, print_table, write_summary
-from coreseg.evaluate.run import Evaluation, Predictor, SegmenterPredictor, evaluate
+from coreseg.evaluate.run import Evaluation, Predictor, evaluate
 
 __all__ = [
     "BlindBaseline",
     "Evaluation",
     "Predictor",
     "Record",
-    "SegmenterPredictor",
     "evaluate",
     "evaluate_and_report",
     "print_table",

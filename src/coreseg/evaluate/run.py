@@ -6,7 +6,7 @@ Records are written as they come, so that a run that was stopped goes on where i
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -47,20 +47,6 @@ class Predictor(Protocol):
 
         The samples tell a baseline the category; their boxes and masks are for tests only.
         """
-
-
-@dataclass(frozen=True)
-class SegmenterPredictor:
-    """The model as users get it. `segmenter` is a `coreseg.segmenter.Segmenter`."""
-
-    segmenter: Any  # not the class: this module is imported without torch
-    name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def predict(self, samples: Sequence[Sample], images: Images, questions: Sequence[str]) -> Sequence[Result]:
-        """See `Predictor`; of the samples nothing is used."""
-        results: Sequence[Result] = self.segmenter.segment_batch(images, questions)
-        return results
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,16 @@ class SemanticPromptAdapter(nn.Module):
         self.mlp = ResMLP(reasoner_width, width, tokens, blocks)
         self.pool = AttnPool(width, queries, heads)
 
+    @torch.no_grad()
+    def start_at(self, token: Float[torch.Tensor, "1 width"]) -> None:
+        """Make every untrained prompt nearly `token`, repeated, with a small part that depends on the states.
+
+        Our choice: with the segmenter's "any lesion" token, training starts from a mask of every lesion rather than
+        from noise.
+        """
+        self.pool.norm.bias.copy_(token[0])
+        self.pool.norm.weight.fill_(0.3 * float(token.square().mean().sqrt()))
+
     def forward(
         self, states: Float[torch.Tensor, "batch probes reasoner"], present: Bool[torch.Tensor, "batch probes"]
     ) -> Float[torch.Tensor, "batch queries width"]:

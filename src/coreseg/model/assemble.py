@@ -88,6 +88,7 @@ def join(
     model.reasoner, model.segmenter = reasoner, segmenter
     segmenter.mask_decoder.dynamic_multimask_via_stability = False
     segmenter.vision_encoder.requires_grad_(False)
+    model.adapter.start_at(segmenter.prompt_encoder.not_a_point_embed.weight)
     model.adapter.to(segmenter.dtype)
     return model, CoreSegProcessor(processor, config)
 
@@ -148,3 +149,18 @@ def _kind(folder: Path) -> str:
 
 def _first(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
+
+
+def export(run: str | Path, out: Path, dtype: str = "bfloat16", shard_size: str = "5GB") -> None:
+    """Write a checkpoint or a run's best state to `out` as one folder, in another precision.
+
+    Raises ModelError for an unknown precision or where `out` is not empty.
+    """
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in kinds:
+        raise ModelError(f"dtype is {dtype!r}; expected one of {', '.join(kinds)}")
+    if out.exists() and any(out.iterdir()):
+        raise ModelError(f"{out} is not empty; give a new folder")
+    model, processor = load_parts(run, kinds[dtype])
+    model.save_pretrained(out, max_shard_size=shard_size)
+    processor.save_pretrained(out)

@@ -4,6 +4,8 @@ It is the image encoder of nano's own segmenter (the same class, a copy of the t
 reasoner looks at features that already tell lesion from tissue, and they can be cached.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import nn
@@ -21,16 +23,19 @@ class NanoVisionConfig(PreTrainedConfig):
     """
 
     model_type = "coreseg_nano_vision"
-    sub_configs = {"encoder_config": AutoConfig}
+    sub_configs = {"encoder_config": AutoConfig}  # noqa: RUF012 (transformers' form)
 
     def __init__(
-        self, encoder_config: PreTrainedConfig | dict | None = None, position_channels: int = 32, **kwargs
+        self,
+        encoder_config: PreTrainedConfig | dict[str, Any] | None = None,
+        position_channels: int = 32,
+        **kwargs: Any,
     ) -> None:
         if isinstance(encoder_config, dict):
             encoder_config = AutoConfig.for_model(**encoder_config)
-        self.encoder_config = encoder_config
+        self.encoder_config: Any = encoder_config
         self.position_channels = position_channels
-        width = 0 if encoder_config is None else encoder_config.fpn_hidden_size
+        width = 0 if encoder_config is None else self.encoder_config.fpn_hidden_size
         self.hidden_size = MERGE**2 * width + position_channels
         kwargs.pop("hidden_size", None)
         super().__init__(**kwargs)
@@ -65,6 +70,7 @@ class NanoVisionModel(PreTrainedModel):
     def forward(
         self, pixel_values: Float[torch.Tensor, "batch planes height width"], **kwargs: object
     ) -> BaseModelOutputWithPooling:
+        """One token per merged cell: its features, then its place."""
         is_picture = pixel_values.shape[1] == 3
         coarse = self.coarse_map(pixel_values) if is_picture else pixel_values
         merged = nn.functional.pixel_unshuffle(coarse, MERGE).flatten(2).transpose(1, 2)

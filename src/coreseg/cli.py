@@ -1,0 +1,365 @@
+"""The command line: parses, then calls one function. Heavy modules are imported inside the commands."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coreseg.errors import CoreSegError, InputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Ask a question about a medical image; get reasoning, boxes and a mask. Research only, not a medical device.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Make, check and look at data sets.")
+train_app = typer.Typer(no_args_is_help=True, help="Train a model (needs the extra: pip install 'coreseg[train]').")
+app.add_typer(data_app, name="data")
+app.add_typer(train_app, name="train")
+
+PICTURES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="'nano', a checkpoint folder, a training run's folder, or a hub name OWNER/NAME.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1…; default: a GPU if there is one.")
+]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU, else bfloat16.")
+]
+
+
+def main() -> None:
+    """Entry point of the `coreseg` command."""
+    app()
+
+
+def _clear_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """A user's mistake, a folder that cannot be written included, is one line on standard error and exit code 2."""
+
+    @wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except CoreSegError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            typer.echo(f"error: {error.filename}: {error.strerror}. Check the path and its permissions.", err=True)
+            raise typer.Exit(2) from error
+
+    return guarded
+
+
+@app.command()
+@_clear_errors
+def segment(
+    words: Annotated[
+        list[str], typer.Argument(metavar='IMAGE... "QUESTION"', help="Pictures or folders; last, the question.")
+    ],
+    model: ModelOption = "nano",
+    out: Annotated[Path, typer.Option("--out", help="Folder for masks, overlays and JSON records.")] = Path(
+        "segmented"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON record a line instead of text.")] = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Answer one question about one or more pictures.
+
+    Prints the reasoning and the answer; writes NAME.mask.png, NAME.overlay.png and NAME.json.
+
+    Example: coreseg segment examples/breast_ultrasound.png "Where is the breast tumor?"
+    """
+    *sources, question = words
+    if os.path.exists(question):  # not Path.exists, which fails on a text too long for a file's name
+        raise InputError(f"the question is missing: the last word, {question}, is a file or folder. {_SEGMENT_USAGE}")
+    if not sources:
+        raise InputError(f"a picture is missing: got only {question!r}. {_SEGMENT_USAGE}")
+    pictures = _pictures(map(Path, sources))
+    _quiet_transformers()
+    from coreseg.outputs import write_result
+    from coreseg.segmenter import Segmenter, check_question
+
+    check_question(question)
+    segmenter = Segmenter.from_pretrained(model, device, dtype)
+    failed = 0
+    for picture, name in _with_progress(_named(pictures), as_json):
+        try:
+            result = segmenter.segment(picture, question)
+        except InputError as error:
+            if len(pictures) == 1:
+                raise
+            failed += 1
+            typer.echo(f"error: {error}", err=True)
+            continue
+        record = write_result(result, out, name, image=str(picture), question=question, model=model)
+        _say(record, as_json, many=len(pictures) > 1)
+    if failed:
+        typer.echo(f"{failed} of {len(pictures)} pictures could not be used; results of the others: {out}", err=True)
+        raise typer.Exit(1)
+
+
+_SEGMENT_USAGE = 'Expected pictures first, then the question in quotes: coreseg segment scan.png "Where is the tumor?"'
+
+
+def _pictures(sources: Iterable[Path]) -> list[Path]:
+    """Files as named, and every picture directly inside the folders named."""
+    pictures = []
+    for source in sources:
+        if not source.exists():
+            raise InputError(f"{source}: no such file or folder. {_SEGMENT_USAGE}")
+        if not source.is_dir():
+            pictures.append(source)
+            continue
+        inside = [path for path in sorted(source.iterdir()) if path.suffix.lower() in PICTURES and path.is_file()]
+        inside = [path for path in inside if not path.name.startswith(".")]
+        if not inside:
+            endings = ", ".join(sorted(PICTURES))
+            raise InputError(f"{source}: no pictures in this folder; expected files ending in {endings}")
+        pictures += inside
+    return pictures
+
+
+def _named(pictures: list[Path]) -> list[tuple[Path, str]]:
+    """Each picture with the name of its outputs: its own without the ending, numbered where that is taken."""
+    taken: set[str] = set()
+    named = []
+    for picture in pictures:
+        name, number = picture.stem, 2
+        while name in taken:
+            name, number = f"{picture.stem}-{number}", number + 1
+        taken.add(name)
+        named.append((picture, name))
+    return named
+
+
+def _with_progress(items: list[tuple[Path, str]], quiet: bool) -> Iterable[tuple[Path, str]]:
+    """The items, with a bar on standard error where several are shown to somebody at a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(items, unit="picture", disable=quiet or len(items) == 1 or not sys.stderr.isatty())
+
+
+def _say(record: dict[str, Any], as_json: bool, many: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(record))
+        return
+    if many:
+        typer.echo(f"\n{record['image']}")
+    if not record["valid"]:
+        typer.echo("The model's answer has no valid form, so there is no mask. Its words:")
+        typer.echo(record["text"])
+        return
+    typer.echo(record["reasoning"])
+    typer.echo(record["answer"])
+    area = f"{record['mask_area_px']:,} px"
+    typer.echo(f"mask: {record['mask']} ({area}), overlay: {record['overlay']}, {record['seconds']:.1f} s")
+
+
+def _quiet_transformers() -> None:
+    """Loading bars of the library say nothing to a user of the command."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+@app.command()
+@_clear_errors
+def evaluate(
+    dataset: Annotated[Path, typer.Argument(help="Data-set folder (see `coreseg data import`).")],
+    model: ModelOption = "nano",
+    split: Annotated[str, typer.Option("--split", help="train, val or test.")] = "val",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for per-sample records and summary.json; a stopped run goes on."),
+    ] = None,
+    free: Annotated[
+        bool, typer.Option("--free", help="Decode without the grammar, so that form failures show.")
+    ] = False,
+    held_out_questions: Annotated[bool, typer.Option(help="Ask by templates that training never used.")] = False,
+    attribute_questions: Annotated[bool, typer.Option(help="Ask also for one of several lesions.")] = False,
+    question_blind: Annotated[
+        bool, typer.Option(help='Add the segmenter\'s "any lesion" prompt as a baseline.')
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only this many rows, evenly spaced.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of tables.")] = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Score a model on a data set, blind baselines beside it. `--model blind` scores the blind guess alone.
+
+    Example: coreseg evaluate my-set --model nano --out figures
+    """
+    from rich.console import Console
+
+    from coreseg.data.store import LesionSet
+    from coreseg.evaluate.baselines import BlindBaseline
+    from coreseg.evaluate.report import evaluate_and_report, print_table, summary
+    from coreseg.evaluate.run import evaluate as run
+
+    lesions = LesionSet.open(dataset)
+    options: dict[str, Any] = {
+        "split": split,
+        "out": out,
+        "held_out_questions": held_out_questions,
+        "attribute_questions": attribute_questions,
+        "batch_size": batch_size,
+        "limit": limit,
+        "progress": not as_json,
+    }
+    console = None if as_json else Console()
+    if model == "blind":
+        done = run(lesions, BlindBaseline.fit(lesions), **options)
+        if console:
+            print_table(done, [], console)
+    else:
+        _quiet_transformers()
+        from coreseg.evaluate.predictors import ModelPredictor, QuestionBlind
+
+        predictor = ModelPredictor.load(model, device, dtype, constrained=not free)
+        beside = [QuestionBlind.of(predictor)] if question_blind else []
+        done = evaluate_and_report(lesions, predictor, console=console, baselines=beside, **options)
+    if as_json:
+        typer.echo(json.dumps(summary(done, []), indent=1))
+
+
+@app.command()
+@_clear_errors
+def assemble(
+    reasoner: Annotated[str, typer.Option(help="Image-text-to-text checkpoint: folder or hub name.")],
+    segmenter: Annotated[str, typer.Option(help="SAM 2 or EdgeTAM checkpoint: folder or hub name.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new checkpoint.")],
+    probe: Annotated[str, typer.Option(help="seg: the state at <seg>; answer: every answer token's.")] = "seg",
+) -> None:
+    """Join a reasoner and a segmenter into a fresh CORE-Seg, its adapter untrained.
+
+    Example: coreseg assemble --reasoner Qwen/Qwen2.5-VL-3B-Instruct --segmenter facebook/sam2.1-hiera-large --out mine
+    """
+    from coreseg.errors import ConfigError
+    from coreseg.model.assemble import assemble as join
+
+    if probe not in ("seg", "answer"):
+        raise ConfigError(f"--probe is {probe!r}; expected seg or answer")
+    joined = join(reasoner, segmenter, out, probe="seg" if probe == "seg" else "answer")
+    parameters = sum(parameter.numel() for parameter in joined.parameters())
+    typer.echo(f"{out}: {parameters:,} parameters. Train it: coreseg train sft CONFIG.toml")
+
+
+@app.command()
+@_clear_errors
+def merge(
+    run: Annotated[Path, typer.Argument(help="Training run's folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the exported checkpoint.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+) -> None:
+    """Export a run's best state as one folder that `--model` and `from_pretrained` open."""
+    from coreseg.model.assemble import export
+
+    export(run, out, dtype)
+    typer.echo(f"{out}: written; try: coreseg segment IMAGE QUESTION --model {out}")
+
+
+@train_app.command("sft")
+@_clear_errors
+def train_sft(
+    config: Annotated[Path, typer.Argument(help="TOML file of settings (see recipes/).")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one setting.")
+    ] = None,
+) -> None:
+    """Stage 1: teach a CORE-Seg to describe, to place boxes and to prompt its segmenter. Goes on where it stopped."""
+    from coreseg.config import SftConfig, load
+
+    settings = load(SftConfig, config, overrides or [])
+    _quiet_transformers()
+    from coreseg.train.sft import train_sft as run
+
+    folder = run(settings)
+    typer.echo(f'{folder}: trained; try: coreseg segment IMAGE "QUESTION" --model {folder}')
+
+
+@data_app.command("import")
+@_clear_errors
+def data_import(
+    source: Annotated[Path, typer.Argument(help="Folder with images/ and masks/, or a folder of such folders.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the new data set.")],
+    modality: Annotated[str | None, typer.Option(help="Where set.json does not tell.")] = None,
+    anatomy: Annotated[str | None, typer.Option(help="Where set.json does not tell.")] = None,
+    category: Annotated[str | None, typer.Option(help="Lesion category, where set.json does not tell.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the source.")] = None,
+    licence: Annotated[str, typer.Option(help="Terms of the images.")] = "unknown",
+    val_share: Annotated[float, typer.Option(help="Share of cases held back for validation.")] = 0.15,
+    case_pattern: Annotated[
+        str | None, typer.Option(help="Regular expression; its first group is the patient.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the split and the wording.")] = 0,
+) -> None:
+    """Make a data set from images and masks. Empty masks are kept as lesion-free samples."""
+    from coreseg.data.sources import import_folder
+
+    report = import_folder(
+        source, out, modality=modality, anatomy=anatomy, category=category, name=name, licence=licence,
+        val_share=val_share, seed=seed, case_pattern=case_pattern,
+    )  # fmt: skip
+    splits = ", ".join(f"{count} {split}" for split, count in report.splits.items())
+    counts = f"{report.rows} rows of {report.images} images ({splits}), {report.negatives} lesion-free"
+    typer.echo(f"{report.root}: {counts}")
+    if report.unknown_case:
+        typer.echo(f"{report.unknown_case} rows have no case: pictures of one patient may sit in two splits")
+    for path in report.images_without_mask:
+        typer.echo(f"no mask for {path}", err=True)
+    for path in report.masks_without_image:
+        typer.echo(f"no image for {path}", err=True)
+    for refusal in report.refused:
+        typer.echo(f"set aside: {refusal}", err=True)
+    if report.refused:
+        raise typer.Exit(1)
+
+
+@data_app.command("check")
+@_clear_errors
+def data_check(dataset: Annotated[Path, typer.Argument(help="Data-set folder.")]) -> None:
+    """Look for broken rows, patients that cross splits, and near-duplicate pictures across splits."""
+    from coreseg.data.check import check_set
+    from coreseg.data.store import LesionSet
+
+    report = check_set(LesionSet.open(dataset))
+    typer.echo(str(report))
+    if not report.clean:
+        raise typer.Exit(1)
+
+
+@data_app.command("show")
+@_clear_errors
+def data_show(
+    dataset: Annotated[Path, typer.Argument(help="Data-set folder.")],
+    out: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("contact-sheet.png"),
+    split: Annotated[str, typer.Option("--split", help="train, val or test.")] = "train",
+    count: Annotated[int, typer.Option("--count", min=1, help="How many rows, evenly spaced.")] = 40,
+) -> None:
+    """Draw rows of a data set, masks outlined, on one PNG."""
+    from coreseg.data.show import contact_sheet
+    from coreseg.data.store import LesionSet
+
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out is {out}; expected a name ending in .png")
+    lesions = LesionSet.open(dataset)
+    samples = lesions.split(split)
+    if not samples:
+        raise InputError(f"{dataset} has no rows in split {split!r}; name a split that it has with --split")
+    shown = min(count, len(samples))
+    contact_sheet(lesions, [samples[number * len(samples) // shown] for number in range(shown)]).save(out)
+    typer.echo(f"{out}: {shown} of {len(samples)} rows")

@@ -1,0 +1,161 @@
+"""The main path around the model: what goes in, and how ids and mask logits come back in the picture's own pixels."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from coreseg.answer import Answer, render
+from coreseg.errors import InputError, ModelError
+from coreseg.model.core_seg import CoreSeg, Generation
+from coreseg.model.processor import Batch, CoreSegProcessor
+from coreseg.segmenter import MAX_QUESTION_CHARACTERS, Segmenter, check_question
+
+FRAME_PX = 64
+HALF = Answer("tumor", ((32, 0, 64, 64),), "The right half is bright.", found=True)
+NOTHING = Answer("tumor", (), "Nothing stands out.", found=False)
+RIGHT_HALF = torch.cat([torch.full((8, 4), -9.0), torch.full((8, 4), 9.0)], dim=1)
+
+
+class Script:
+    """What the fake model writes for each question, and its mask logits."""
+
+    texts: dict[str, str] = {  # noqa: RUF012
+        "half": render(HALF),
+        "nothing": render(NOTHING),
+        "mumble": "The tumor is <seg>",
+        "outside": render(HALF).replace("64, 64]", "64, 65]"),
+    }
+
+
+class FakeProcessor(CoreSegProcessor):
+    """Ids are the place of the question in the script; the way back to pixels is the real one."""
+
+    def __init__(self) -> None:
+        self.tokenizer = SimpleNamespace(eos_token_id=99, pad_token_id=98)
+        self.constraints: list[Any] = []
+
+    @property
+    def grammar(self) -> Any:
+        return SimpleNamespace(max_tokens=lambda frame_wh: sum(frame_wh))
+
+    def constraint(self, frames_wh: Sequence[tuple[int, int]]) -> Any:
+        return ("the grammar of", list(frames_wh))
+
+    def __call__(self, images: Any, questions: Any, answers: Any = None) -> Batch:
+        ids = torch.tensor([[list(Script.texts).index(question)] for question in questions])
+        return Batch(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            labels=ids,
+            reasoner_inputs={"pixel_values": torch.zeros(len(images), 3, 4, 4), "grid": torch.ones(len(images)).int()},
+            segmenter_pixels=torch.zeros(len(images), 3, 4, 4),
+            frames_wh=[(FRAME_PX, FRAME_PX)] * len(images),
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return list(Script.texts.values())[ids[0]]
+
+
+class FakeModel(CoreSeg):
+    """Writes the prompt's id back; every row gets the mask of the right half."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+        self.calls: list[dict[str, Any]] = []
+
+    def generate(self, **inputs: Any) -> Generation:
+        self.calls.append(inputs)
+        rows = inputs["input_ids"].tolist()
+        return Generation(ids=rows, mask_logits=[RIGHT_HALF if row != [2] else None for row in rows])
+
+
+@pytest.fixture
+def segmenter() -> Segmenter:
+    return Segmenter(FakeModel(), FakeProcessor())
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    return np.zeros((30, 50, 3), np.uint8)
+
+
+def test_mask_and_boxes_are_in_the_pictures_own_pixels(segmenter: Segmenter, picture: np.ndarray) -> None:
+    result = segmenter.segment(picture, "half")
+    assert result.mask.shape == (30, 50) and result.mask.dtype == bool
+    assert result.mask[:, 26:].all() and not result.mask[:, :24].any()
+    assert result.boxes.tolist() == [[25, 0, 50, 30]]
+    assert result.answer == "The tumor is located at [[25, 0, 50, 30]]."
+    assert result.text == render(HALF), "the raw text stays in the model's frame"
+    assert (result.reasoning, result.found, result.valid) == (HALF.reasoning, True, True)
+    assert np.array_equal(result.image, picture)
+    assert result.overlay().size == (50, 30)
+    assert result.seconds > 0
+
+
+def test_an_absent_lesion_has_no_mask_whatever_the_logits(segmenter: Segmenter, picture: np.ndarray) -> None:
+    result = segmenter.segment(picture, "nothing")
+    assert (result.found, result.valid, result.answer) == (False, True, "No tumor is visible.")
+    assert not result.mask.any() and result.boxes.shape == (0, 4)
+
+
+@pytest.mark.parametrize("question", ["mumble", "outside"])
+def test_a_malformed_answer_is_a_result(segmenter: Segmenter, picture: np.ndarray, question: str) -> None:
+    result = segmenter.segment(picture, question)
+    assert (result.found, result.valid, result.answer, result.reasoning) == (False, False, "", "")
+    assert result.text == Script.texts[question]
+    assert not result.mask.any() and result.boxes.shape == (0, 4)
+
+
+def test_a_batch_keeps_order_and_sizes(segmenter: Segmenter, picture: np.ndarray) -> None:
+    other = np.zeros((20, 10, 3), np.uint8)
+    results = segmenter.segment_batch([picture, other, other], ["half", "mumble", "nothing"])
+    assert [result.mask.shape for result in results] == [(30, 50), (20, 10), (20, 10)]
+    assert [result.valid for result in results] == [True, False, True]
+    assert results[0].seconds == results[1].seconds
+
+
+def test_what_the_model_is_given(segmenter: Segmenter, picture: np.ndarray) -> None:
+    segmenter.segment(picture, "half")
+    segmenter.segment(picture, "half", constrained=False)
+    constrained, free = segmenter.model.calls
+    assert constrained["constraint"] == ("the grammar of", [(FRAME_PX, FRAME_PX)])
+    assert free["constraint"] is None
+    assert constrained["max_new_tokens"] == free["max_new_tokens"] == 2 * FRAME_PX
+    assert constrained["reasoner_inputs"]["pixel_values"].dtype == torch.bfloat16, "floats in the model's precision"
+    assert constrained["reasoner_inputs"]["grid"].dtype == torch.int32, "whole numbers as they are"
+
+
+@pytest.mark.parametrize("question", ["", "  \n", "x" * (MAX_QUESTION_CHARACTERS + 1)])
+def test_a_question_that_cannot_be_asked(segmenter: Segmenter, picture: np.ndarray, question: str) -> None:
+    with pytest.raises(InputError, match="the question"):
+        segmenter.segment(picture, question)
+
+
+def test_the_longest_question_is_fine() -> None:
+    check_question("x" * MAX_QUESTION_CHARACTERS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8'; expected one of float32"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used here"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
+    ],
+)
+def test_what_the_machine_lacks(options: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        Segmenter.from_pretrained("nano", **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nosuch", "./nosuch/model", "/nosuch/model", "a/b/c", ""])
+def test_an_unknown_model(name: str) -> None:
+    with pytest.raises(ModelError):
+        Segmenter.from_pretrained(name)
