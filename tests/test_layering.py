@@ -23,7 +23,7 @@ LEVELS = (
     {"model"},
     {"segmenter", "outputs"},
     {"data", "train", "evaluate", "serve"},
-    {"cli", "testing"},
+    {"cli", "testing", "testing_models"},
 )
 KNOWN = frozenset[str]().union(*LEVELS)
 # (importer, imported) on one line.

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from coreseg.answer import Answer, render
+from coreseg.answer import render
 from coreseg.errors import InputError, ModelError
 from coreseg.model.core_seg import CoreSeg, Generation
 from coreseg.model.processor import Batch, CoreSegProcessor
 from coreseg.segmenter import MAX_QUESTION_CHARACTERS, Segmenter, check_question
+from coreseg.types import Answer
 
 FRAME_PX = 64
 HALF = Answer("tumor", ((32, 0, 64, 64),), "The right half is bright.", found=True)

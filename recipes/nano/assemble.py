@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from reasoner import build_processor, build_reasoner, trainable, train_tokenizer
+from reasoner import build_processor, build_reasoner, train_tokenizer, trainable
 from transformers import EdgeTamModel
 
 from coreseg.answer import INSTRUCTION

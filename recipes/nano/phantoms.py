@@ -1,6 +1,6 @@
 """Phantoms that nano trains on beside the real images: two kinds in one picture teach it to listen to the question.
 
-    python recipes/nano/phantoms.py --out DIR
+python recipes/nano/phantoms.py --out DIR
 """
 
 import argparse

@@ -103,7 +103,7 @@ def freeze_statistics(model: torch.nn.Module) -> None:
 
 
 def train(lesions: LesionSet, out: Path, steps: int, seed: int, validate_every: int) -> None:
-    """Train, log to `out/log.jsonl`, and leave the averaged model in `out`, ready for `EdgeTamModel.from_pretrained`."""
+    """Train, log to `out/log.jsonl`, and leave the averaged model in `out` for `EdgeTamModel.from_pretrained`."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     images, masks, sources = load(lesions, "train")

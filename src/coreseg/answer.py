@@ -208,7 +208,7 @@ class AnswerGrammar:
             if len(left) == 1 and len(next(iter(left))) == position:
                 return next(iter(left.values()))
 
-    def _free(self, start: Allowed, ids: Allowed, budget: int, ends: tuple[str, ...]) -> Walk:
+    def _free(self, start: Int[np.ndarray, " start"], ids: Allowed, budget: int, ends: tuple[str, ...]) -> Walk:
         """One to `budget` tokens of free text, then one of `ends`, whose first token always means the end."""
         endings = [self._ids(end) for end in ends]
         first = np.array([ending[0] for ending in endings])

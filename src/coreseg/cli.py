@@ -106,7 +106,8 @@ def segment(
         record = write_result(result, out, name, image=str(picture), question=question, model=model)
         _say(record, as_json, many=len(pictures) > 1)
     if failed:
-        typer.echo(f"{failed} of {len(pictures)} pictures could not be used; results of the others: {out}", err=True)
+        others = f"; results of the others: {out}" if failed < len(pictures) else ""
+        typer.echo(f"{failed} of {len(pictures)} pictures could not be used{others}", err=True)
         raise typer.Exit(1)
 
 
@@ -218,7 +219,7 @@ def evaluate(
         "attribute_questions": attribute_questions,
         "batch_size": batch_size,
         "limit": limit,
-        "progress": not as_json,
+        "progress": not as_json and sys.stderr.isatty(),
     }
     console = None if as_json else Console()
     if model == "blind":
@@ -264,11 +265,12 @@ def merge(
     run: Annotated[Path, typer.Argument(help="Training run's folder.")],
     out: Annotated[Path, typer.Argument(help="Folder for the exported checkpoint.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 14MB.")] = "5GB",
 ) -> None:
     """Export a run's best state as one folder that `--model` and `from_pretrained` open."""
     from coreseg.model.assemble import export
 
-    export(run, out, dtype)
+    export(run, out, dtype, shard_size)
     typer.echo(f"{out}: written; try: coreseg segment IMAGE QUESTION --model {out}")
 
 
@@ -312,7 +314,7 @@ def data_import(
 
     report = import_folder(
         source, out, modality=modality, anatomy=anatomy, category=category, name=name, licence=licence,
-        val_share=val_share, seed=seed, case_pattern=case_pattern,
+        val_share=val_share, seed=seed, case_pattern=case_pattern, progress=sys.stderr.isatty(),
     )  # fmt: skip
     splits = ", ".join(f"{count} {split}" for split, count in report.splits.items())
     counts = f"{report.rows} rows of {report.images} images ({splits}), {report.negatives} lesion-free"
@@ -332,12 +334,15 @@ def data_import(
 @data_app.command("check")
 @_clear_errors
 def data_check(dataset: Annotated[Path, typer.Argument(help="Data-set folder.")]) -> None:
-    """Look for broken rows, patients that cross splits, and near-duplicate pictures across splits."""
+    """Look for broken rows, patients that cross splits, and near-duplicate pictures across splits.
+
+    Exits with 1 where something is found.
+    """
     from coreseg.data.check import check_set
     from coreseg.data.store import LesionSet
 
-    report = check_set(LesionSet.open(dataset))
-    typer.echo(str(report))
+    report = check_set(LesionSet.open(dataset), progress=sys.stderr.isatty())
+    typer.echo(report.text())
     if not report.clean:
         raise typer.Exit(1)
 

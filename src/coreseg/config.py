@@ -31,6 +31,7 @@ class SftConfig:
     train_decoder: whether the mask decoder trains beside the adapter.
     remeasure: change pictures at random and measure boxes and reasoning again on what came out. Only for reasoning by
     the measured describer; text by a teacher would no longer fit its picture.
+    with_reasoning: whether answers hold reasoning; without it texts are short, and boxes are learned sooner.
     attribute_share: share of questions about one of several lesions, where the picture allows.
     absent_share: share of questions about a category of another anatomy, answered by the absent form.
     balance: rows are drawn with weight 1 / (set size) ** balance; 0 draws rows evenly, 1 sets evenly.
@@ -59,6 +60,7 @@ class SftConfig:
     mask_weight: float = 1.0
     train_decoder: bool = True
     remeasure: bool = False
+    with_reasoning: bool = True
     attribute_share: float = 0.3
     absent_share: float = 0.05
     balance: float = 0.5

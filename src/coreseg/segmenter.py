@@ -23,8 +23,8 @@ MAX_QUESTION_CHARACTERS = 2_000
 class Segmenter:
     """A CORE-Seg ready for questions.
 
-        >>> from coreseg import Segmenter
-        >>> result = Segmenter.from_pretrained().segment("scan.png", "Where is the foot ulcer?")  # doctest: +SKIP
+    >>> from coreseg import Segmenter
+    >>> result = Segmenter.from_pretrained().segment("scan.png", "Where is the foot ulcer?")  # doctest: +SKIP
     """
 
     def __init__(self, model: CoreSeg, processor: CoreSegProcessor) -> None:

@@ -69,12 +69,12 @@ class CheckReport:
     def text(self) -> str:
         """The report for a reader: counts, findings (ten of a kind), and what remains unproved."""
         findings = (
-            ("rows or files that disagree", list(self.problems)),
+            ("rows or files with faults", list(self.problems)),
             (
                 "cases in several splits",
                 [f"{leak.case}: {leak.rows} rows in {', '.join(leak.splits)}" for leak in self.case_leaks],
             ),
-            ("pictures that cross splits", [_told(pair) for pair in self.lookalikes]),
+            ("pairs of pictures that look alike in different splits", [_told(pair) for pair in self.lookalikes]),
         )
         lines = [f"{self.rows} rows on {self.images} images, {self.negatives} of them without a lesion.", ""]
         lines += [_table_line(name, by_split) for name, by_split in self.counts.items()]
@@ -92,9 +92,9 @@ class CheckReport:
         if not self.unknown_case:
             return "Every row names its case: no patient crosses splits unless listed above, if the cases are right."
         return (
-            f"Not proved: {self.unknown_case} rows name no case, so two different pictures of one patient may lie in two "
-            "splits. Only pictures that look alike were searched for; mirrored, turned or strongly cropped copies are "
-            "not found."
+            f"Not proved: {self.unknown_case} rows name no case, so two different pictures of one patient may lie in "
+            "two splits. Only pictures that look alike were searched for; mirrored, turned or strongly cropped copies "
+            "are not found."
         )
 
 

@@ -43,12 +43,14 @@ _DETAIL_FLOOR = 2.0  # grey levels: fainter detail is noise
 _CHUNK = 2000
 
 _Crop = tuple[float, float, float, float]
-_WHOLE: _Crop = (0, 0, 1, 1)
+_WHOLE: _Crop = (0.0, 0.0, 1.0, 1.0)
 _CENTRED: tuple[_Crop, ...] = tuple((m, m, 1 - m, 1 - m) for m in (0.01, 0.02, 0.03, 0.04, 0.05, 0.06))
 _ONE_SIDED: tuple[_Crop, ...] = tuple(
-    crop for m in (0.02, 0.04) for crop in ((m, 0, 1, 1), (0, m, 1, 1), (0, 0, 1 - m, 1), (0, 0, 1, 1 - m))
+    crop
+    for m in (0.02, 0.04)
+    for crop in ((m, 0.0, 1.0, 1.0), (0.0, m, 1.0, 1.0), (0.0, 0.0, 1 - m, 1.0), (0.0, 0.0, 1.0, 1 - m))
 )
-# The first is whole, the others are left, top, right, bottom as shares of the picture.
+# Left, top, right, bottom as shares of the picture; the first is the whole of it.
 _CROPS = (_WHOLE, *_CENTRED, *_ONE_SIDED)
 
 
@@ -147,11 +149,9 @@ def _correlations(
 
 def _thumbnails(greys: Sequence[UInt8[np.ndarray, "128 128"]], crop: _Crop) -> Float32[np.ndarray, "pictures 1024"]:
     """High-passed, clipped thumbnails as unit vectors; the zero vector for a flat picture."""
-    box = tuple(_DETAIL_PX * edge for edge in crop)
-    size = (_THUMBNAIL_PX, _THUMBNAIL_PX)
-    cells = np.stack(
-        [np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BOX, box=box), np.float32) for grey in greys]
-    )
+    size, box = (_THUMBNAIL_PX, _THUMBNAIL_PX), _in_pixels(crop)
+    small = [Image.fromarray(grey).resize(size, Image.Resampling.BOX, box=box) for grey in greys]
+    cells = np.stack([np.asarray(picture, dtype=np.float32) for picture in small])
     high = cells - ndimage.gaussian_filter(cells, (0, _THUMBNAIL_BLUR_PX, _THUMBNAIL_BLUR_PX))
     limit = _THUMBNAIL_CLIP * high.std(axis=(1, 2), keepdims=True)
     return _unit(np.clip(high, -limit, limit).reshape(len(cells), -1))
@@ -160,11 +160,15 @@ def _thumbnails(greys: Sequence[UInt8[np.ndarray, "128 128"]], crop: _Crop) -> F
 def _detail(grey: bytes, crop: _Crop) -> Float32[np.ndarray, " 16384"]:
     """Fine detail as one unit vector, evened out so that faint texture counts as much as a sharp rim."""
     picture = Image.frombytes("L", (_DETAIL_PX, _DETAIL_PX), grey)
-    box = tuple(_DETAIL_PX * edge for edge in crop)
-    cells = np.asarray(picture.resize(picture.size, Image.Resampling.BILINEAR, box=box), np.float32)
+    cells = np.asarray(picture.resize(picture.size, Image.Resampling.BILINEAR, box=_in_pixels(crop)), np.float32)
     high = cells - ndimage.gaussian_filter(cells, _DETAIL_BLUR_PX)
     strength = np.sqrt(ndimage.gaussian_filter(high**2, 2 * _DETAIL_BLUR_PX) + _DETAIL_FLOOR**2)
-    return _unit((high / strength).reshape(1, -1))[0]
+    return np.asarray(_unit((high / strength).reshape(1, -1))[0])
+
+
+def _in_pixels(crop: _Crop) -> _Crop:
+    left, top, right, bottom = crop
+    return _DETAIL_PX * left, _DETAIL_PX * top, _DETAIL_PX * right, _DETAIL_PX * bottom
 
 
 def _unit(vectors: Float[np.ndarray, "pictures values"]) -> Float32[np.ndarray, "pictures values"]:

@@ -31,8 +31,8 @@ def contact_sheet(lesion_set: LesionSet, samples: Sequence[Sample], columns: int
     """
     if not samples or columns < 1:
         raise DataError(
-            f"A contact sheet of {len(samples)} rows in {columns} columns cannot be drawn: expected at least one of each. "
-            "Choose another split or source."
+            f"A contact sheet of {len(samples)} rows in {columns} columns cannot be drawn: expected at least one of "
+            "each. Choose another split or source."
         )
     columns = min(columns, len(samples))
     rows = -(-len(samples) // columns)
@@ -46,9 +46,8 @@ def contact_sheet(lesion_set: LesionSet, samples: Sequence[Sample], columns: int
         cell = _cell(lesion_set, sample)
         sheet.paste(cell, (left + (CELL_PX - cell.width) // 2, top + (CELL_PX - cell.height) // 2))
         shown = sample.category if sample.boxes else f"no {sample.category}"
-        for line, (text, colour) in enumerate(
-            ((shown, _CATEGORY_RGB), (f"{sample.source}, {sample.split}", _SOURCE_RGB))
-        ):
+        caption = ((shown, _CATEGORY_RGB), (f"{sample.source}, {sample.split}", _SOURCE_RGB))
+        for line, (text, colour) in enumerate(caption):
             position = (left, top + CELL_PX + 2 + line * (_FONT_PX + 2))
             pen.text(position, _fitted(text, pen, font), fill=colour, font=font)
     return sheet

@@ -15,6 +15,7 @@ class ResidualBlock(nn.Module):
         self.contract = nn.Linear(4 * width, width)
 
     def forward(self, states: Float[torch.Tensor, "*shape width"]) -> Float[torch.Tensor, "*shape width"]:
+        """The states with this block's update added."""
         update: torch.Tensor = self.contract(nn.functional.gelu(self.expand(self.norm(states))))
         return states + update
 
@@ -32,6 +33,7 @@ class ResMLP(nn.Module):
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
 
     def forward(self, states: Float[torch.Tensor, "batch probes reasoner"]) -> Float[torch.Tensor, "batch many width"]:
+        """All tokens of a row's probe states, state after state."""
         batch, probes, _ = states.shape
         spread = self.project(states).view(batch, probes * self.tokens, -1)
         tokens: torch.Tensor = self.blocks(spread)
@@ -50,6 +52,7 @@ class AttnPool(nn.Module):
     def forward(
         self, tokens: Float[torch.Tensor, "batch many width"], ignore: Bool[torch.Tensor, "batch many"] | None
     ) -> Float[torch.Tensor, "batch queries width"]:
+        """One prompt token a query; tokens marked by `ignore` have no part in it."""
         queries = self.queries.expand(len(tokens), -1, -1)
         pooled, _ = self.attention(queries, tokens, tokens, key_padding_mask=ignore, need_weights=False)
         prompt: torch.Tensor = self.norm(queries + pooled)

@@ -39,12 +39,15 @@ def assemble(
         processor = AutoProcessor.from_pretrained(reasoner)
         talks = AutoModelForImageTextToText.from_pretrained(reasoner, dtype=dtype or "auto")
     except (OSError, ValueError) as error:
-        raise ModelError(f"reasoner {reasoner!r}: expected an image-text-to-text checkpoint: {_first(error)}") from error
+        raise ModelError(
+            f"reasoner {reasoner!r}: expected an image-text-to-text checkpoint: {_first(error)}"
+        ) from error
     try:
         kind = AutoConfig.from_pretrained(segmenter).model_type
         if kind not in SEGMENTER_FAMILY:
             raise ModelError(
-                f"segmenter {segmenter!r} is a {kind!r}; expected one of the SAM 2 family: {', '.join(SEGMENTER_FAMILY)}"
+                f"segmenter {segmenter!r} is a {kind!r}; expected one of the SAM 2 family: "
+                + ", ".join(SEGMENTER_FAMILY)
             )
         segments = AutoModelForMaskGeneration.from_pretrained(segmenter, dtype=dtype or "auto")
     except (OSError, ValueError) as error:
@@ -70,7 +73,9 @@ def join(
     """The same from models in memory, which become the new model's own parts. `settings` go to `CoreSegConfig`."""
     tokenizer = processor.tokenizer  # type: ignore[attr-defined]
     if tokenizer.convert_tokens_to_ids(SEG_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [SEG_TOKEN]}, replace_additional_special_tokens=False)
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [SEG_TOKEN]}, replace_additional_special_tokens=False
+        )
     rows = reasoner.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         reasoner.resize_token_embeddings(len(tokenizer))
@@ -110,7 +115,8 @@ def find_checkpoint(name_or_path: str | Path) -> Path | str:
     parts = str(name_or_path).split("/")
     if len(parts) != 2 or str(name_or_path).startswith((".", "/", "~")):
         raise ModelError(
-            f"unknown model {str(name_or_path)!r}; expected 'nano', a checkpoint or run folder, or a hub name OWNER/NAME"
+            f"unknown model {str(name_or_path)!r}; "
+            "expected 'nano', a checkpoint or run folder, or a hub name OWNER/NAME"
         )
     return str(name_or_path)
 

@@ -89,6 +89,10 @@ class CoreSegConfig(PreTrainedConfig):
         return size
 
 
+# Without this, loading the tokenizer beside the model takes the configuration for a nameless one, and says so.
+AutoConfig.register(CoreSegConfig.model_type, CoreSegConfig, exist_ok=True)
+
+
 def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> Any:
     return AutoConfig.for_model(**config) if isinstance(config, dict) else config
 

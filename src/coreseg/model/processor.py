@@ -98,8 +98,10 @@ class CoreSegProcessor:
         extra = {key: torch.cat([p.inputs[key] for p in prompts]) for key in prompts[0].inputs}
         if prompts[0].token_types is not None:
             # The picture's places, which Qwen's positions need; zeros over everything added after the prompt.
-            kinds = [_pad_left((p.token_types or []) + [0] * (len(row) - len(p.ids)), longest, 0)
-                     for p, row in zip(prompts, rows, strict=True)]
+            kinds = [
+                _pad_left((p.token_types or []) + [0] * (len(row) - len(p.ids)), longest, 0)
+                for p, row in zip(prompts, rows, strict=True)
+            ]
             extra["mm_token_type_ids"] = torch.tensor(kinds)
         return Batch(
             input_ids=torch.tensor([_pad_left(row, longest, self.tokenizer.pad_token_id) for row in rows]),
@@ -213,5 +215,3 @@ def replace_boxes(answer: Answer, boxes: Sequence[tuple[int, ...]]) -> Answer:
 
 def _pad_left(ids: list[int], length: int, value: int) -> list[int]:
     return [value] * (length - len(ids)) + ids
-
-

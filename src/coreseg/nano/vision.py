@@ -74,6 +74,8 @@ class NanoVisionModel(PreTrainedModel):
         is_picture = pixel_values.shape[1] == 3
         coarse = self.coarse_map(pixel_values) if is_picture else pixel_values
         merged = nn.functional.pixel_unshuffle(coarse, MERGE).flatten(2).transpose(1, 2)
+        # The maps' scale is the segmenter's own (some 15 here), and would drown the places.
+        merged = nn.functional.layer_norm(merged, merged.shape[-1:])
         rows, columns = coarse.shape[-2] // MERGE, coarse.shape[-1] // MERGE
         places = positions(rows, columns, self.config.position_channels).to(merged)
         tokens = torch.cat([merged, places.expand(len(merged), -1, -1)], dim=-1)

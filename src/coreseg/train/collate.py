@@ -1,12 +1,13 @@
 """Training examples: a row of a data set, seen anew each time it is drawn, becomes picture, question and answer."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from coreseg.config import SftConfig
 from coreseg.data.build.describe import describe
@@ -29,16 +30,16 @@ class Example:
 
 
 class Examples(Dataset[Example]):
-    """The rows of one split of one or more data sets.
+    """The rows of one split of one or more data sets, asked for by (row, draw).
 
-    The n-th look at a row is drawn from (seed, row, n): changes of the picture, the question's words, whether it asks
-    for one of several lesions or for something that is not there.
+    What is random about an example (changes of the picture, the question's words, whether it asks for one of several
+    lesions or for something that is not there) comes from (seed, row, draw) alone. So a resumed run, several loading
+    workers and several processes all see the examples of an uninterrupted one.
     """
 
     def __init__(self, rows: list[tuple[LesionSet, Sample]], config: SftConfig) -> None:
         self.rows = rows
         self.config = config
-        self._looks: dict[int, int] = {}
         self._categories = sorted({(sample.anatomy, sample.category) for _, sample in rows})
 
     @classmethod
@@ -72,9 +73,9 @@ class Examples(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, number: int) -> Example:
-        look = self._looks[number] = self._looks.get(number, -1) + 1
-        rng = np.random.default_rng((self.config.seed, number, look))
+    def __getitem__(self, drawn: tuple[int, int]) -> Example:
+        number, draw = drawn
+        rng = np.random.default_rng((self.config.seed, number, draw))
         lesions, sample = self.rows[number]
         image, mask = lesions.image(sample), lesions.mask(sample)
         if self.config.remeasure:
@@ -95,7 +96,24 @@ class Examples(Dataset[Example]):
         if self.config.remeasure or category != sample.category or attributes:
             seed = int(rng.integers(2**31))
             reasoning = describe(image, mask, sample.modality, sample.anatomy, category, seed)
-        return Example(image, mask, question, _answer(category, mask, reasoning))
+        return Example(image, mask, question, _answer(category, mask, reasoning if self.config.with_reasoning else ""))
+
+
+class Draws(Sampler[tuple[int, int]]):
+    """Which rows a run sees: (row, draw) pairs, each row as often as its weight says. They depend on the seed alone."""
+
+    def __init__(self, weights: Float[np.ndarray, " rows"], count: int, seed: int) -> None:
+        self.weights = torch.from_numpy(weights)
+        self.count = count
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
+        return zip(rows.tolist(), range(self.count), strict=True)
 
 
 def _changed(

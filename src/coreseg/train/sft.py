@@ -29,7 +29,7 @@ from coreseg.model.assemble import find_checkpoint, freeze_all_but_heads, load_p
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
 from coreseg.segmenter import Segmenter
-from coreseg.train.collate import Example, Examples
+from coreseg.train.collate import Draws, Example, Examples
 from coreseg.train.losses import dice_ce
 
 SETTINGS_FILE = "sft.toml"
@@ -83,11 +83,17 @@ def add_lora(model: CoreSeg, rank: int, alpha: int) -> None:
     except ImportError as error:
         raise MissingExtraError("training needs the extra: pip install 'coreseg[train]'") from error
 
-    text = "language_model" if any("language_model" in name for name, _ in model.reasoner.named_modules()) else "text_model"
-    tied = model.config.reasoner_config.get_text_config().tie_word_embeddings
+    text = (
+        "language_model"
+        if any("language_model" in name for name, _ in model.reasoner.named_modules())
+        else "text_model"
+    )
+    inputs, outputs = model.reasoner.get_input_embeddings(), model.reasoner.get_output_embeddings()
+    # Asked of the weights themselves: configurations keep the setting in different places, or nowhere.
+    tied = inputs.weight is outputs.weight
     rows = [model.config.seg_token_id]
-    embedding = next(n for n, m in model.reasoner.named_modules() if m is model.reasoner.get_input_embeddings())
-    head = next(n for n, m in model.reasoner.named_modules() if m is model.reasoner.get_output_embeddings())
+    embedding = next(name for name, module in model.reasoner.named_modules() if module is inputs)
+    head = next(name for name, module in model.reasoner.named_modules() if module is outputs)
     model.reasoner = get_peft_model(
         model.reasoner,
         LoraConfig(
@@ -120,9 +126,7 @@ class Collator:
         return (small >= min(0.5, max(float(small.max()), 1e-6))).float()
 
 
-def text_loss(
-    logits: Float[torch.Tensor, "batch tokens vocabulary"], batch: Batch
-) -> Float[torch.Tensor, ""]:
+def text_loss(logits: Float[torch.Tensor, "batch tokens vocabulary"], batch: Batch) -> Float[torch.Tensor, ""]:
     """Cross-entropy of every answer token, averaged over the batch's answer tokens."""
     return functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=IGNORED
@@ -185,12 +189,10 @@ class SftTrainer(Trainer):  # type: ignore[misc]
             )
         return self.optimizer
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler[int]:
-        """Rows with weight 1 / (set size) ** balance; the draw depends on the seed alone."""
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        rows = self.settings.batch_size * self.settings.accumulation * self.settings.steps
-        weights = self.train_dataset.weights.tolist()
-        return torch.utils.data.WeightedRandomSampler(weights, rows, generator=generator)
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Draws:
+        """The whole run's draws, those of every process together."""
+        rows_a_step = self.settings.batch_size * self.settings.accumulation * self.args.world_size
+        return Draws(self.train_dataset.weights, rows_a_step * self.settings.steps, self.settings.seed)
 
 
 def training_arguments(config: SftConfig) -> TrainingArguments:
@@ -228,9 +230,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         best = Path(config.out) / "best" / "figures.json"
         self.best = json.loads(best.read_text())["score"] if best.exists() else -1.0
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """At its turn: answers to the validation questions, scored and drawn."""
         model, step = kwargs["model"], state.global_step
         if not self.examples or (step % self.config.eval_every and step != args.max_steps):

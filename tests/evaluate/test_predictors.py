@@ -1,0 +1,81 @@
+"""Models as the evaluation sees them: what they are asked, and what makes two of them differ."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from coreseg.answer import parse
+from coreseg.data.store import LesionSet
+from coreseg.evaluate.predictors import ModelPredictor, QuestionBlind
+from coreseg.evaluate.run import Predictor
+
+
+def test_the_model_is_asked_by_picture_and_question_alone(bright_segmenter: Any, lesion_set: LesionSet) -> None:
+    samples = lesion_set.split("val")[:2]
+    predictor = ModelPredictor(bright_segmenter(), "bright", True, {})
+    images = [np.full((30, 40, 3), 250, np.uint8), np.zeros((30, 40, 3), np.uint8)]
+    bright, dark = predictor.predict(samples, images, ["Where is it?", "Where is it?"])
+    assert isinstance(predictor, Predictor)
+    assert bright.mask.all() and not dark.mask.any()
+
+
+def test_free_decoding_reaches_the_segmenter(bright_segmenter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def segment_batch(self: Any, images: Any, questions: Any, *, constrained: bool) -> list[Any]:
+        asked.append(constrained)
+        return []
+
+    monkeypatch.setattr(bright_segmenter, "segment_batch", segment_batch)
+    for constrained in (True, False):
+        ModelPredictor(bright_segmenter(), "bright", constrained, {}).predict([], [], [])
+    assert asked == [True, False]
+
+
+def load(folder: Path, monkeypatch: pytest.MonkeyPatch, bright_segmenter: Any, constrained: bool = True) -> Any:
+    monkeypatch.setattr(bright_segmenter, "model", SimpleNamespace(dtype=torch.float32), raising=False)
+    return ModelPredictor.load(str(folder), "cpu", "float32", constrained=constrained)
+
+
+def test_other_weights_or_decoding_are_another_model(
+    bright_segmenter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"first")
+    first = load(tmp_path, monkeypatch, bright_segmenter)
+    assert bright_segmenter.loaded == [(str(tmp_path), "cpu", "float32")]
+    assert first.name == str(tmp_path)
+    assert load(tmp_path, monkeypatch, bright_segmenter).settings == first.settings
+    assert load(tmp_path, monkeypatch, bright_segmenter, constrained=False).settings != first.settings
+    (tmp_path / "model.safetensors").write_bytes(b"second")
+    assert load(tmp_path, monkeypatch, bright_segmenter).settings != first.settings
+
+
+def test_the_question_blind_baseline(bright_segmenter: Any, lesion_set: LesionSet) -> None:
+    """Its mask is the "any lesion" prompt's, whatever the question; boxes and text follow from it."""
+    samples = lesion_set.split("val")[:2]
+    segmenter = bright_segmenter()
+    half = torch.cat([torch.full((8, 4), -9.0), torch.full((8, 4), 9.0)], dim=1)
+    segmenter.model = SimpleNamespace(
+        device="cpu", dtype=torch.float32, question_blind=lambda pixels: torch.stack([half, -9 * torch.ones(8, 8)])
+    )
+    from coreseg.model.processor import CoreSegProcessor
+
+    segmenter.processor = SimpleNamespace(
+        segmenter_pixels=lambda image: torch.zeros(1, 3, 8, 8), mask_from_logits=CoreSegProcessor.mask_from_logits
+    )
+    predictor = QuestionBlind.of(ModelPredictor(segmenter, "bright", True, {"weights": "aa"}))
+    assert isinstance(predictor, Predictor)
+    assert (predictor.name, predictor.settings) == ("question-blind", {"weights": "aa"})
+    images = [np.zeros((30, 40, 3), np.uint8)] * 2
+    found, empty = predictor.predict(samples, images, ["a", "b"])
+    assert found.mask[:, 21:].all() and not found.mask[:, :19].any()
+    assert (found.found, empty.found, empty.mask.any()) == (True, False, False)
+    answer = parse(found.text, (40, 30))
+    assert answer is not None and answer.category == samples[0].category
+    assert np.array_equal(answer.boxes, found.boxes)
+    assert parse(empty.text) is not None and empty.boxes.shape == (0, 4)

@@ -1,0 +1,276 @@
+"""The joined model: one path to the mask, the same in training, inference and evaluation."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from coreseg.answer import parse
+from coreseg.errors import ConfigError, InputError
+from coreseg.model.core_seg import CoreSeg, CoreSegConfig, Generation, TrainingOutput
+from coreseg.model.processor import Batch
+from coreseg.segmenter import Segmenter
+from coreseg.types import Answer
+
+HOSTILE_WORDS = (
+    "<seg>",
+    "</answer>",
+    "<think>",
+    "<|im_end|>",
+    "[[1, 2",
+    "]]. The mask is",
+    "No cyst",
+    "\n",
+    "\U0001f9e0",
+)
+ANSWERS = [
+    Answer("cyst", ((3, 4, 20, 30), (40, 1, 71, 50)), "Two of them, both dark.", found=True),
+    Answer("nodule", ((0, 0, 40, 96),), "One.", found=True),
+    Answer("polyp", (), "Nothing.", found=False),
+]
+
+
+def generate(segmenter: Segmenter, batch: Batch, constrained: bool = True, temperature: float = 0.0) -> Generation:
+    return segmenter.model.generate(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        reasoner_inputs=batch.reasoner_inputs,
+        segmenter_pixels=batch.segmenter_pixels,
+        max_new_tokens=max(segmenter.processor.grammar.max_tokens(frame) for frame in batch.frames_wh),
+        eos_token_id=segmenter.processor.tokenizer.eos_token_id,
+        pad_token_id=segmenter.processor.tokenizer.pad_token_id,
+        constraint=segmenter.processor.constraint(batch.frames_wh) if constrained else None,
+        temperature=temperature,
+    )
+
+
+@torch.no_grad()
+def forward(model: CoreSeg, batch: Batch) -> TrainingOutput:
+    return model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        reasoner_inputs=batch.reasoner_inputs,
+        segmenter_pixels=batch.segmenter_pixels,
+    )
+
+
+def with_completion(segmenter: Segmenter, batch: Batch, completions: list[list[int]]) -> Batch:
+    """The prompts followed by what was written, padded on the left anew."""
+    pad = segmenter.processor.tokenizer.pad_token_id
+    rows = [
+        ids[mask.bool()].tolist() + completion
+        for ids, mask, completion in zip(batch.input_ids, batch.attention_mask, completions, strict=True)
+    ]
+    longest = max(map(len, rows))
+    inputs = dict(batch.reasoner_inputs)
+    if "mm_token_type_ids" in inputs:
+        kinds = [k[m.bool()].tolist() for k, m in zip(inputs["mm_token_type_ids"], batch.attention_mask, strict=True)]
+        inputs["mm_token_type_ids"] = torch.tensor(
+            [
+                [0] * (longest - len(row)) + kind + [0] * (len(row) - len(kind))
+                for row, kind in zip(rows, kinds, strict=True)
+            ]
+        )
+    return Batch(
+        input_ids=torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
+        attention_mask=torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
+        labels=torch.zeros((len(rows), longest), dtype=torch.long),
+        reasoner_inputs=inputs,
+        segmenter_pixels=batch.segmenter_pixels,
+        frames_wh=batch.frames_wh,
+    )
+
+
+def found_generation(segmenter: Segmenter, batch: Batch) -> Generation:
+    """A sampled batch in which at least two rows have a mask."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        generation = generate(segmenter, batch, temperature=1.0)
+        if sum(logits is not None for logits in generation.mask_logits) >= 2:
+            return generation
+    raise AssertionError("no sample had two masks")
+
+
+@pytest.mark.parametrize("probe", ["seg", "answer"])
+def test_states_kept_from_generation_equal_a_full_pass(
+    segmenter: Segmenter, pictures: list[np.ndarray], questions: list[str], probe: str
+) -> None:
+    segmenter.model.config.probe = probe
+    try:
+        batch = segmenter.processor(pictures, questions)
+        generation = found_generation(segmenter, batch)
+        output = forward(segmenter.model, with_completion(segmenter, batch, generation.ids))
+    finally:
+        segmenter.model.config.probe = "seg"
+    kept = [logits for logits in generation.mask_logits if logits is not None]
+    assert output.with_mask.tolist() == [logits is not None for logits in generation.mask_logits]
+    torch.testing.assert_close(torch.stack(kept), output.mask_logits, atol=1e-4, rtol=1e-4)
+    assert (kept[0] - kept[1]).abs().max() > 1e-2, "the comparison could not fail"
+
+
+def test_the_state_depends_on_the_question(segmenter: Segmenter, pictures: list[np.ndarray]) -> None:
+    """The same picture and answer after two questions: only the state at `<seg>` can tell them apart."""
+    masks = [
+        forward(segmenter.model, segmenter.processor(pictures[:1], [q], ANSWERS[:1])).mask_logits
+        for q in ("Where is the cyst?", "Segment the brain tumor on the left.")
+    ]
+    assert (masks[0] - masks[1]).abs().max() > 1e-3
+
+
+def test_a_batch_answers_as_its_rows_do(segmenter: Segmenter, pictures: list[np.ndarray], questions: list[str]) -> None:
+    together = segmenter.segment_batch(pictures, questions)
+    for picture, question, result in zip(pictures, questions, together, strict=True):
+        alone = segmenter.segment(picture, question)
+        assert result.text == alone.text
+        assert np.mean(result.mask != alone.mask) < 0.002, "but for pixels on the threshold"
+        assert np.array_equal(result.boxes, alone.boxes)
+
+
+def test_constrained_answers_are_valid_and_masks_fit_their_pictures(
+    segmenter: Segmenter, pictures: list[np.ndarray], questions: list[str]
+) -> None:
+    for picture, result in zip(pictures, segmenter.segment_batch(pictures, questions), strict=True):
+        height, width = picture.shape[:2]
+        assert result.valid and result.reasoning and result.answer
+        assert result.mask.shape == (height, width) and result.mask.dtype == bool
+        assert result.found == bool(len(result.boxes))
+        for x1, y1, x2, y2 in result.boxes:
+            assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
+
+
+def test_an_invalid_answer_has_an_empty_mask(segmenter: Segmenter, pictures: list[np.ndarray]) -> None:
+    result = segmenter.segment(pictures[0], "Where is the cyst?", constrained=False)
+    assert not result.valid and not result.found and not result.mask.any() and result.answer == ""
+
+
+@pytest.mark.parametrize("question", ["", " \n", "x" * 2001])
+def test_questions_that_are_none_are_refused(nano: Segmenter, pictures: list[np.ndarray], question: str) -> None:
+    with pytest.raises(InputError, match="question"):
+        nano.segment(pictures[0], question)
+
+
+@torch.no_grad()
+def test_train_and_eval_mode_decode_alike(
+    segmenter: Segmenter, pictures: list[np.ndarray], questions: list[str]
+) -> None:
+    model = copy.deepcopy(segmenter.model)
+    batch = segmenter.processor(pictures, questions, ANSWERS)
+    in_eval = forward(model.eval(), batch)
+    in_train = forward(model.train(), batch)
+    torch.testing.assert_close(in_train.mask_logits, in_eval.mask_logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(in_train.logits, in_eval.logits, atol=1e-5, rtol=1e-4)
+
+
+def test_frozen_parts_stay_in_eval_mode(segmenter: Segmenter) -> None:
+    model = copy.deepcopy(segmenter.model).train()
+    assert not model.segmenter.vision_encoder.training
+    assert all(not module.training for module in model.segmenter.vision_encoder.modules())
+    assert model.adapter.training and model.segmenter.mask_decoder.training
+    assert all(not module.training for module in model.eval().modules())
+
+
+def test_rows_without_a_marker_have_no_mask(
+    segmenter: Segmenter, pictures: list[np.ndarray], questions: list[str]
+) -> None:
+    output = forward(segmenter.model, segmenter.processor(pictures, questions, ANSWERS))
+    assert output.with_mask.tolist() == [True, True, False]
+    assert len(output.mask_logits) == 2
+    none = forward(segmenter.model, segmenter.processor(pictures[2:], questions[2:], ANSWERS[2:]))
+    assert none.with_mask.tolist() == [False] and len(none.mask_logits) == 0
+
+
+@torch.no_grad()
+def test_cached_maps_give_the_mask_that_pixels_give(nano: Segmenter, pictures: list[np.ndarray]) -> None:
+    from coreseg.model.sam2 import encode_image
+
+    batch = nano.processor(pictures[:1], ["Where?"], ANSWERS[:1])
+    maps = encode_image(nano.model.segmenter, batch.segmenter_pixels)
+    cached = nano.model(batch.input_ids, batch.attention_mask, batch.reasoner_inputs, segmenter_maps=maps)
+    torch.testing.assert_close(cached.mask_logits, forward(nano.model, batch).mask_logits)
+
+
+def test_probe_positions(qwen: Segmenter) -> None:
+    model, seg = qwen.model, qwen.processor.config.seg_token_id
+    opening = qwen.processor.config.answer_token_ids
+    assert opening is not None
+    ids = torch.tensor([[7, seg, *opening, 7, 8, seg, 9], [7, 7, 7, 7, 7, 7, 7, 7, 7, 7][: 6 + len(opening)]])
+    assert model.probe_positions(ids).nonzero().tolist() == [[0, 4 + len(opening)]], "the last marker counts"
+    whole = copy.deepcopy(model.config)
+    whole.probe = "answer"
+    part = copy.copy(model)
+    part.config = whole
+    positions = part.probe_positions(ids).nonzero()[:, 1].tolist()
+    # From the opening's last token, which is what carries "the answer starts here", up to `<seg>`.
+    assert positions == list(range(1 + len(opening), 5 + len(opening)))
+
+
+def test_boxes_reach_the_decoder_only_where_the_configuration_says_so(nano: Segmenter) -> None:
+    model = copy.deepcopy(nano.model)
+    states = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0))
+    maps = [torch.randn(1, 32, side, side, generator=torch.Generator().manual_seed(side)) for side in (16, 8, 4)]
+    present, boxes = torch.ones(1, 1, dtype=torch.bool), torch.tensor([[[4.0, 4.0, 30.0, 50.0]]])
+    with torch.no_grad():
+        without = model.decode(states, present, maps)
+        assert torch.equal(model.decode(states, present, maps, boxes), without)
+        model.config.box_prompts = True
+        assert not torch.allclose(model.decode(states, present, maps, boxes), without, atol=1e-4)
+
+
+def test_written_boxes_do_not_change_the_mask(
+    nano: Segmenter, pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+    stock = nano.model.segmenter.prompt_encoder.forward
+
+    def spy(**prompts: object) -> object:
+        given.extend(value for value in prompts.values() if value is not None)
+        return stock(**prompts)
+
+    monkeypatch.setattr(nano.model.segmenter.prompt_encoder, "forward", spy)
+    nano.segment(pictures[0], "Where is the cyst?")
+    assert given == []
+
+
+def test_question_blind_masks_know_no_question(nano: Segmenter, pictures: list[np.ndarray]) -> None:
+    pixels = nano.processor.segmenter_pixels(pictures[0])
+    with torch.no_grad():
+        assert nano.model.question_blind(pixels).shape == (1, 16, 16)
+
+
+def test_an_unknown_probe_is_refused() -> None:
+    with pytest.raises(ConfigError, match="probe"):
+        CoreSegConfig(probe="image")  # type: ignore[arg-type]
+
+
+def hostile_question(rng: np.random.Generator) -> str:
+    return " ".join(["Where is it?", *rng.choice(HOSTILE_WORDS, int(rng.integers(1, 5)))])
+
+
+def invalid_of(segmenter: Segmenter, count: int, batch_size: int = 50) -> list[str]:
+    """The texts that do not parse, of so many sampled under the grammar from a model that has learnt nothing."""
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    invalid = []
+    for _ in range(count // batch_size):
+        sizes = rng.integers(20, 200, (batch_size, 2))
+        batch = segmenter.processor(
+            [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in sizes],
+            [hostile_question(rng) for _ in range(batch_size)],
+        )
+        generation = generate(segmenter, batch, temperature=1.0)
+        for ids, logits, frame in zip(generation.ids, generation.mask_logits, batch.frames_wh, strict=True):
+            text = segmenter.processor.decode(ids)
+            answer = parse(text, frame)
+            if answer is None or answer.found != (logits is not None):
+                invalid.append(text)
+    return invalid
+
+
+def test_200_constrained_answers_to_hostile_questions_are_valid(qwen: Segmenter) -> None:
+    assert invalid_of(qwen, 200) == []
+
+
+@pytest.mark.slow
+def test_1000_constrained_answers_to_hostile_questions_are_valid(segmenter: Segmenter) -> None:
+    assert invalid_of(segmenter, 1000) == []

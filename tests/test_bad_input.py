@@ -1,0 +1,201 @@
+"""One table of what users give: the right result in the upright picture's own pixels, or one clear error."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+from typer.testing import CliRunner
+
+from coreseg.cli import app
+from coreseg.testing import write_phantom_set
+
+QUESTION = "Where is the tumor?"
+SQUARE = (6, 4, 16, 14)
+"""Where the pictures below are bright, once upright."""
+
+
+def grey(bright: int = 250, dark: int = 50) -> np.ndarray:
+    """40x30 px with the bright square."""
+    values = np.full((30, 40), dark, np.uint16)
+    x1, y1, x2, y2 = SQUARE
+    values[y1:y2, x1:x2] = bright
+    return values
+
+
+def plain() -> Image.Image:
+    return Image.fromarray(grey().astype(np.uint8))
+
+
+def truncated(path: Path) -> None:
+    plain().resize((400, 300)).convert("RGB").save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def palette(path: Path) -> None:
+    image = Image.fromarray((grey() > 200).astype(np.uint8), mode="P")
+    image.putpalette([20, 20, 20, 250, 240, 230])
+    image.save(path)
+
+
+def alpha(path: Path) -> None:
+    image = plain().convert("RGBA")
+    # What is transparent must not count, however bright it is.
+    image.paste((255, 255, 255, 0), (20, 20, 40, 30))
+    image.save(path)
+
+
+def exif_rotated(path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # shown by turning it clockwise, so it is stored turned the other way
+    plain().transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+
+
+def animated(path: Path) -> None:
+    frames = [Image.fromarray(np.full((30, 40), value, np.uint8)) for value in (0, 120, 250)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def huge(path: Path) -> None:
+    image = Image.new("L", (12_000, 9_000), 50)
+    image.paste(250, SQUARE)
+    image.save(path)
+
+
+Make = Callable[[Path], object]
+GOOD: dict[str, tuple[str, Make, tuple[int, int]]] = {
+    "8-bit grey": ("a.png", lambda path: plain().save(path), (40, 30)),
+    "16-bit": ("a.png", lambda path: Image.fromarray(grey(60_000, 2_000)).save(path), (40, 30)),
+    "16-bit TIFF": ("a.tif", lambda path: Image.fromarray(grey(60_000, 2_000)).save(path), (40, 30)),
+    "one bit": ("a.png", lambda path: plain().point(lambda v: 255 * (v > 200)).convert("1").save(path), (40, 30)),
+    "CMYK": ("a.tif", lambda path: plain().convert("RGB").convert("CMYK").save(path), (40, 30)),
+    "palette": ("a.png", palette, (40, 30)),
+    "alpha": ("a.png", alpha, (40, 30)),
+    "EXIF-rotated": ("a.png", exif_rotated, (40, 30)),
+    "a name with spaces and dots": ("my scan.v2 ü.png", lambda path: plain().save(path), (40, 30)),
+}
+BAD: dict[str, tuple[str, Make, str]] = {
+    "truncated": ("a.png", truncated, "cut off or damaged"),
+    "truncated JPEG": ("a.jpg", truncated, "cut off or damaged"),
+    "zero bytes": ("a.png", lambda path: path.write_bytes(b""), "empty (0 bytes)"),
+    "text": ("a.png", lambda path: path.write_text("not a picture"), "not an image"),
+    "1x1": ("a.png", lambda path: Image.new("L", (1, 1)).save(path), "1x1 px, expected at least 8 px a side"),
+    "animated GIF": ("a.gif", animated, "3 frames"),
+    "several pages": ("a.tif", animated, "3 frames"),
+    "not there": ("a.png", lambda path: None, "no such file"),
+    "too large": ("a.png", lambda path: Image.new("1", (20_000, 10_001)).save(path), "at most 200 million pixels"),
+}
+
+
+def run(*words: str | Path) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error; a crash is raised."""
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
+def assert_one_error(done: tuple[int, str, str], message: str) -> None:
+    code, output, error = done
+    assert (code, output) == (2, "")
+    assert error.startswith("error: ") and error.count("\n") == 1 and len(error) < 500, error
+    assert message in error
+
+
+def assert_found(path: Path, out: Path, size_wh: tuple[int, int]) -> None:
+    code, _, error = run("segment", path, QUESTION, "--out", out)
+    assert (code, error) == (0, "")
+    with Image.open(out / f"{path.stem}.mask.png") as mask, Image.open(out / f"{path.stem}.overlay.png") as overlay:
+        assert mask.size == overlay.size == size_wh
+        assert mask.getbbox() == SQUARE
+    record = json.loads((out / f"{path.stem}.json").read_text(encoding="utf-8"))
+    assert record["boxes"] == [list(SQUARE)]
+    assert (record["width"], record["height"], record["mask_area_px"]) == (*size_wh, 100)
+
+
+@pytest.mark.parametrize(("name", "make", "size_wh"), GOOD.values(), ids=GOOD)
+def test_the_right_result(
+    bright_segmenter: Any, tmp_path: Path, name: str, make: Make, size_wh: tuple[int, int]
+) -> None:
+    make(tmp_path / name)
+    assert_found(tmp_path / name, tmp_path / "out", size_wh)
+
+
+@pytest.mark.slow
+def test_a_huge_picture(bright_segmenter: Any, tmp_path: Path) -> None:
+    huge(tmp_path / "a.png")
+    assert_found(tmp_path / "a.png", tmp_path / "out", (12_000, 9_000))
+
+
+@pytest.mark.parametrize(("name", "make", "message"), BAD.values(), ids=BAD)
+def test_one_clear_error(bright_segmenter: Any, tmp_path: Path, name: str, make: Make, message: str) -> None:
+    make(tmp_path / name)
+    assert_one_error(run("segment", tmp_path / name, QUESTION, "--out", tmp_path / "out"), message)
+    assert not (tmp_path / "out").exists(), "nothing is left of a run that failed"
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ("", "the question is empty"),
+        (" \n ", "the question is empty"),
+        ("Where is it? " * 800, "10,400 characters; expected at most 2,000"),
+    ],
+    ids=["empty", "blank", "10,000 characters"],
+)
+def test_questions(bright_segmenter: Any, tmp_path: Path, question: str, message: str) -> None:
+    plain().save(tmp_path / "a.png")
+    assert_one_error(run("segment", tmp_path / "a.png", question, "--out", tmp_path / "out"), message)
+    assert bright_segmenter.loaded == [], "told before a model is loaded"
+
+
+@pytest.mark.parametrize("model", ["nosuch", "./nosuch", ".", "a/b/c"])
+def test_an_unknown_model(tmp_path: Path, model: str) -> None:
+    plain().save(tmp_path / "a.png")
+    assert_one_error(run("segment", tmp_path / "a.png", QUESTION, "--model", model), model)
+
+
+def test_a_checkpoint_of_another_kind(tmp_path: Path) -> None:
+    plain().save(tmp_path / "a.png")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert_one_error(run("segment", tmp_path / "a.png", QUESTION, "--model", tmp_path), "holds a 'bert'")
+    (tmp_path / "config.json").write_text("{")
+    assert_one_error(run("segment", tmp_path / "a.png", QUESTION, "--model", tmp_path), "not valid JSON")
+
+
+@pytest.fixture
+def misfit(tmp_path: Path) -> Path:
+    """A data set in which one mask has another size than its picture."""
+    root = write_phantom_set(tmp_path / "set", count=8, seed=0, size_wh=(48, 40), negatives=0, val_share=0.5)
+    rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    row = next(row for row in rows if row["split"] == "val")
+    Image.new("L", (40, 48)).save(root / row["mask_file_name"])
+    return root
+
+
+def test_a_mask_of_another_size_stops_an_evaluation(misfit: Path) -> None:
+    assert_one_error(run("evaluate", misfit, "--model", "blind"), "the mask is 40x48 px, its image")
+
+
+def test_a_mask_of_another_size_is_found_by_the_check(misfit: Path) -> None:
+    code, output, _ = run("data", "check", misfit)
+    assert code == 1
+    assert "1 rows or files that disagree" in output and "the mask is 40x48 px, its image" in output
+
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "src" / "coreseg" / "nano" / "weights"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not WEIGHTS.is_dir(), reason="a checkout without nano's weights")
+@pytest.mark.parametrize("name", ["16-bit", "CMYK", "palette", "alpha", "EXIF-rotated"])
+def test_nano_takes_them_too(tmp_path: Path, name: str) -> None:
+    file_name, make, size_wh = GOOD[name]
+    make(tmp_path / file_name)
+    code, _, error = run("segment", tmp_path / file_name, QUESTION, "--out", tmp_path / "out")
+    assert (code, error) == (0, "")
+    with Image.open(tmp_path / "out" / "a.mask.png") as mask:
+        assert mask.size == size_wh

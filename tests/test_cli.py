@@ -1,0 +1,306 @@
+"""The command line: help that works and is quick, one clear line for a user's mistake, and what `segment` prints."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import Result
+from PIL import Image
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from coreseg.cli import app
+
+QUESTION = "Where is the tumor?"
+
+
+def commands(group: Any, *names: str) -> list[tuple[str, ...]]:
+    """Every command and group of commands by its words."""
+    found = [names]
+    for name, command in getattr(group, "commands", {}).items():
+        found += commands(command, *names, name)
+    return found
+
+
+COMMANDS = commands(get_command(app))
+
+
+def run(*words: str | Path) -> Result:
+    """The command in this process; a crash is raised."""
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+def complaint(done: Result, code: int = 2) -> str:
+    """The one line on standard error that a user's mistake gives."""
+    assert done.exit_code == code
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+    return done.stderr
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has a working folder of its own, as default outputs go there."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    """Two pictures with one bright square each, a picture in another ending, and files that are none."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for number, name in enumerate(("a.png", "a.jpg", "b.PNG")):
+        picture = np.full((30, 40, 3), 50, np.uint8)
+        picture[4:14, 6 : 16 + number] = 250
+        Image.fromarray(picture).save(folder / name, quality=100)
+    (folder / "notes.txt").write_text("notes")
+    (folder / "._a.png").write_text("what macOS leaves beside a file")
+    (folder / "deeper.png").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words) or "coreseg")
+def test_help_works_and_names_no_path(words: tuple[str, ...]) -> None:
+    done = run(*words, "--help")
+    assert done.exit_code == 0
+    assert "Usage:" in done.stdout and len(done.stdout.splitlines()) > 3
+    for path in (Path.home(), Path.cwd(), sys.prefix, Path(__file__).parents[1]):
+        assert str(path) not in done.stdout
+
+
+def test_every_command_and_option_is_explained() -> None:
+    for words in COMMANDS:
+        command: Any = get_command(app)
+        for word in words:
+            command = command.commands[word]
+        assert command.help, words
+        unexplained = [parameter.name for parameter in command.params if not getattr(parameter, "help", None)]
+        assert set(unexplained) <= {"model", "help"}, words
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    code = "import sys; sys.argv = ['coreseg', '--help']\nfrom coreseg.cli import main\ntry:\n    main()\n"
+    code += "finally:\n    print([name for name in ('torch', 'transformers', 'numpy', 'PIL') if name in sys.modules])"
+    fastest_s = 99.0
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+        fastest_s = min(fastest_s, time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "[]", "nothing heavy"
+    bare = [sys.executable, "-c", "import typer"]
+    started = time.perf_counter()
+    subprocess.run(bare, check=True, timeout=60)
+    # On a quiet machine 0.5 s; on a busy one no slower than a small multiple of the parser itself.
+    assert fastest_s < max(0.5, 3 * (time.perf_counter() - started))
+
+
+def test_one_picture(bright_segmenter: Any, scans: Path) -> None:
+    done = run("segment", scans / "a.png", QUESTION)
+    assert (done.exit_code, done.stderr) == (0, "")
+    reasoning, answer, files = done.stdout.splitlines()
+    assert (reasoning, answer) == ("It is bright.", "The tumor is located at [[6, 4, 16, 14]].")
+    assert files == "mask: segmented/a.mask.png (100 px), overlay: segmented/a.overlay.png, 0.5 s"
+    assert bright_segmenter.loaded == [("nano", None, None)]
+    with Image.open("segmented/a.mask.png") as mask:
+        assert mask.size == (40, 30) and mask.getbbox() == (6, 4, 16, 14)
+
+
+def test_a_folder_and_names_that_are_taken(bright_segmenter: Any, scans: Path) -> None:
+    done = run(
+        "segment", scans, QUESTION, "--out", "results", "--model", "mine", "--device", "cpu", "--dtype", "float32"
+    )
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout.count("It is bright.") == 3
+    assert bright_segmenter.loaded == [("mine", "cpu", "float32")]
+    records = {path.name: json.loads(path.read_text()) for path in Path("results").glob("*.json")}
+    assert {name: Path(record["image"]).name for name, record in records.items()} == {
+        "a.json": "a.jpg",
+        "a-2.json": "a.png",
+        "b.json": "b.PNG",
+    }
+
+
+def test_json_is_one_record_a_line(bright_segmenter: Any, scans: Path) -> None:
+    done = run("segment", scans / "b.PNG", scans / "a.png", QUESTION, "--json")
+    assert (done.exit_code, done.stderr) == (0, "")
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [record["boxes"] for record in records] == [[[6, 4, 18, 14]], [[6, 4, 16, 14]]]
+    assert records[0] == json.loads(Path("segmented/b.json").read_text())
+
+
+def test_a_malformed_answer_is_shown_as_it_is(bright_segmenter: Any, scans: Path) -> None:
+    done = run("segment", scans / "a.png", "Please mumble.")
+    assert done.exit_code == 0
+    assert "no valid form" in done.stdout and "<think> hm" in done.stdout
+    assert json.loads(Path("segmented/a.json").read_text())["valid"] is False
+
+
+def test_a_bad_file_does_not_stop_the_others(bright_segmenter: Any, scans: Path) -> None:
+    (scans / "aa.png").write_text("no picture")
+    done = run("segment", scans, QUESTION)
+    assert done.exit_code == 1
+    error, count = done.stderr.splitlines()
+    assert error.startswith("error: ") and "aa.png" in error
+    assert count == "1 of 4 pictures could not be used; results of the others: segmented"
+    assert len(list(Path("segmented").glob("*.json"))) == 3
+
+
+def test_the_same_picture_gives_the_same_files(bright_segmenter: Any, scans: Path) -> None:
+    run("segment", scans / "a.png", QUESTION)
+    first = {path.name: path.read_bytes() for path in Path("segmented").iterdir()}
+    run("segment", scans / "a.png", QUESTION)
+    assert {path.name: path.read_bytes() for path in Path("segmented").iterdir()} == first
+
+
+def test_a_forgotten_question(bright_segmenter: Any, scans: Path) -> None:
+    message = complaint(run("segment", scans / "a.png"))
+    assert "the question is missing" in message and "coreseg segment" in message
+    assert "the question is missing" in complaint(run("segment", scans / "a.png", scans))
+
+
+def test_a_forgotten_picture(bright_segmenter: Any) -> None:
+    assert "a picture is missing" in complaint(run("segment", QUESTION))
+
+
+def test_a_question_without_quotes(bright_segmenter: Any, scans: Path) -> None:
+    message = complaint(run("segment", scans / "a.png", *QUESTION.split()))
+    assert "Where: no such file" in message and "the question in quotes" in message
+    assert bright_segmenter.loaded == [], "a slip is told before anything is loaded"
+
+
+def test_no_words_at_all() -> None:
+    assert run("segment").exit_code == 2
+    assert "Usage:" in run().output
+
+
+def test_an_empty_folder(bright_segmenter: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "no pictures in this folder" in complaint(run("segment", tmp_path / "empty", QUESTION))
+
+
+def test_an_output_folder_that_is_a_file(bright_segmenter: Any, scans: Path) -> None:
+    message = complaint(run("segment", scans / "a.png", QUESTION, "--out", scans / "notes.txt"))
+    assert "notes.txt: File exists" in message
+
+
+@pytest.mark.parametrize("words", [["segment", "--nonsense"], ["nonsense"], ["evaluate", "set", "--limit", "0"]])
+def test_a_wrong_word_is_refused(words: list[str]) -> None:
+    done = run(*words)
+    assert done.exit_code == 2 and "Error" in done.stderr
+
+
+def test_settings_that_cannot_be_used(tmp_path: Path) -> None:
+    assert "cannot be read" in complaint(run("train", "sft", tmp_path / "nosuch.toml"))
+    (tmp_path / "sft.toml").write_text('model = "nano"\ndata = "set"\nout = "run"\n')
+    assert "did you mean 'steps'" in complaint(run("train", "sft", tmp_path / "sft.toml", "--set", "step=1"))
+
+
+def test_assemble_and_merge_name_what_is_missing(tmp_path: Path) -> None:
+    words = ["assemble", "--reasoner", "./nosuch", "--segmenter", "./nosuch", "--out", "new"]
+    assert "reasoner './nosuch'" in complaint(run(*words))
+    assert "--probe" in complaint(run(*words, "--probe", "all"))
+    assert "unknown model" in complaint(run("merge", "nosuch", "new"))
+    assert "dtype is 'int8'" in complaint(run("merge", "nosuch", "new", "--dtype", "int8"))
+    assert not Path("new").exists()
+
+
+@pytest.fixture
+def phantoms(tmp_path: Path) -> Path:
+    from coreseg.testing import write_phantom_set
+
+    return write_phantom_set(tmp_path / "phantoms", count=12, seed=0, size_wh=(48, 40))
+
+
+def test_evaluate_prints_tables_and_resumes(bright_segmenter: Any, phantoms: Path, monkeypatch: Any) -> None:
+    from coreseg.evaluate.predictors import ModelPredictor
+
+    predictor = ModelPredictor(bright_segmenter(), "bright", True, {})
+    monkeypatch.setattr(ModelPredictor, "load", staticmethod(lambda *words, constrained: predictor))
+    first = run("evaluate", phantoms, "--out", "figures")
+    assert first.exit_code == 0 and "mDice" in first.stdout and "blind" in first.stdout
+    assert {path.name for path in Path("figures").iterdir()} == {"records.jsonl", "summary.json", "blind"}
+    assert run("evaluate", phantoms, "--out", "figures").stdout == first.stdout
+    assert "another run" in complaint(run("evaluate", phantoms, "--out", "figures", "--split", "train"))
+
+
+def test_the_blind_guess_alone_as_json(phantoms: Path) -> None:
+    done = run("evaluate", phantoms, "--model", "blind", "--json", "--limit", "2")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["n"] == 2
+
+
+def test_evaluate_names_what_it_cannot_find(phantoms: Path, tmp_path: Path) -> None:
+    assert "no metadata.jsonl" in complaint(run("evaluate", tmp_path))
+    assert "no split 'dev'" in complaint(run("evaluate", phantoms, "--split", "dev", "--model", "blind"))
+    assert "no rows in split 'test'" in complaint(run("evaluate", phantoms, "--split", "test", "--model", "blind"))
+    assert "unknown model" in complaint(run("evaluate", phantoms, "--model", "nosuch"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder as users have it: four pictures and their masks, one of them empty."""
+    folder = tmp_path / "source"
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    for number in range(4):
+        picture = rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)
+        mask = np.zeros((40, 48), np.uint8)
+        mask[4:20, 4 : 4 + 8 * number] = 255
+        Image.fromarray(picture).save(folder / "images" / f"{number}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
+    return folder
+
+
+FACTS = ("--modality", "ct", "--anatomy", "lung", "--category", "tumor", "--name", "mine")
+
+
+def test_import_check_show(source: Path) -> None:
+    imported = run("data", "import", source, "--out", "set", *FACTS)
+    assert imported.exit_code == 0, imported.output
+    assert "set: 4 rows of 4 images" in imported.stdout and "1 lesion-free" in imported.stdout
+    checked = run("data", "check", "set")
+    assert checked.exit_code == 0, checked.output
+    assert "4 rows on 4 images" in checked.stdout
+    shown = run("data", "show", "set", "--out", "sheet.png", "--count", "2")
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout.startswith("sheet.png: 2 of ")
+    with Image.open("sheet.png") as sheet:
+        assert min(sheet.size) > 40
+    assert "ending in .png" in complaint(run("data", "show", "set", "--out", "sheet.doc"))
+    assert "no rows in split 'test'" in complaint(run("data", "show", "set", "--split", "test"))
+
+
+def test_import_names_what_does_not_fit(source: Path) -> None:
+    (source / "images" / "3.png").write_text("no picture")
+    (source / "masks" / "2.png").unlink()
+    done = run("data", "import", source, "--out", "set", *FACTS)
+    assert done.exit_code == 1
+    assert "set: 2 rows of 2 images" in done.stdout
+    assert "no mask for" in done.stderr and "2.png" in done.stderr
+    assert "set aside:" in done.stderr and "3.png" in done.stderr
+
+
+def test_import_into_a_full_folder(source: Path) -> None:
+    assert "already there" in complaint(run("data", "import", source, "--out", source, *FACTS))
+
+
+def test_check_finds_a_picture_in_two_splits(source: Path) -> None:
+    run("data", "import", source, "--out", "set", *FACTS)
+    lines = Path("set/metadata.jsonl").read_text().splitlines()
+    row = json.loads(lines[0])
+    copy = {**row, "file_name": "images/copy.png", "split": "val" if row["split"] == "train" else "train"}
+    shutil.copy(Path("set") / row["file_name"], "set/images/copy.png")
+    Path("set/metadata.jsonl").write_text("\n".join([*lines, json.dumps(copy)]) + "\n")
+    done = run("data", "check", "set")
+    assert done.exit_code == 1
+    assert "copy.png" in done.stdout and "equal pixels" in done.stdout
