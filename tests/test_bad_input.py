@@ -169,7 +169,7 @@ def test_a_checkpoint_of_another_kind(tmp_path: Path) -> None:
 @pytest.fixture
 def misfit(tmp_path: Path) -> Path:
     """A data set in which one mask has another size than its picture."""
-    root = write_phantom_set(tmp_path / "set", count=8, seed=0, size_wh=(48, 40), negatives=0, val_share=0.5)
+    root = write_phantom_set(tmp_path / "set", count=8, seed=0, size_wh=(48, 40), negatives=0.0, val_share=0.5)
     rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
     row = next(row for row in rows if row["split"] == "val")
     Image.new("L", (40, 48)).save(root / row["mask_file_name"])

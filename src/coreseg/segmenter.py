@@ -28,7 +28,7 @@ class Segmenter:
     """
 
     def __init__(self, model: CoreSeg, processor: CoreSegProcessor) -> None:
-        self.model = model.eval()
+        self.model: CoreSeg = model.eval()  # type: ignore[no-untyped-call]
         self.processor = processor
 
     @classmethod
@@ -52,7 +52,8 @@ class Segmenter:
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
         model, processor = load_parts(name_or_path, kinds[dtype])
-        return cls(model.to(place), processor)
+        model.to(device=place)  # type: ignore[call-arg]
+        return cls(model, processor)
 
     def segment(self, image: Source, question: str, *, constrained: bool = True) -> Result:
         """Answer one question about one picture (a path, an array, or a PIL image). The same answer every time.

@@ -6,7 +6,7 @@ with `coreseg.model.assemble.assemble`. They have learnt nothing. The same call 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 WIDTH = 32
 SEGMENTER_SIZE_PX = 64
@@ -115,7 +115,7 @@ def tiny_llava(folder: Path, tower: Any = None, cell_px: int = 16, crops: bool =
     )
 
     tokenizer = _tokenizer(["<pad>", "<eos>", "<image>", "<turn>"], pad="<pad>", eos="<eos>")
-    select = "default" if tower is None else "full"
+    select: Literal["default", "full"] = "default" if tower is None else "full"
     config = LlavaConfig(
         vision_config=tower or CLIPVisionConfig(**_vit_settings(cell_px), projection_dim=WIDTH),
         text_config={"model_type": "qwen2", **_text_settings(tokenizer), "tie_word_embeddings": tied},
@@ -139,7 +139,7 @@ def tiny_llava(folder: Path, tower: Any = None, cell_px: int = 16, crops: bool =
 
 
 def tiny_sam2(folder: Path) -> Path:
-    """A SAM 2 with one block a stage."""
+    """A SAM 2 with one or two blocks a stage."""
     from transformers import Sam2Config, Sam2HieraDetConfig, Sam2Model, Sam2VisionConfig
     from transformers.models.sam2.configuration_sam2 import Sam2MaskDecoderConfig, Sam2PromptEncoderConfig
 
@@ -147,11 +147,11 @@ def tiny_sam2(folder: Path) -> Path:
         hidden_size=8,
         image_size=[SEGMENTER_SIZE_PX, SEGMENTER_SIZE_PX],
         window_positional_embedding_background_size=[4, 4],
-        blocks_per_stage=[1, 1, 1, 1],
+        blocks_per_stage=[1, 1, 2, 1],
         embed_dim_per_stage=[8, 16, 32, 64],
         num_attention_heads_per_stage=[1, 1, 2, 2],
         window_size_per_stage=[8, 4, 4, 2],
-        global_attention_blocks=[2],
+        global_attention_blocks=[3],
     )
     vision = Sam2VisionConfig(
         backbone_config=backbone,

@@ -2,6 +2,7 @@
 
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -9,7 +10,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMaskGeneration,
     AutoProcessor,
-    PreTrainedModel,
 )
 
 from coreseg.answer import SEG_TOKEN
@@ -61,17 +61,17 @@ def assemble(
 
 
 def join(
-    reasoner: PreTrainedModel,
-    processor: object,
-    segmenter: PreTrainedModel,
+    reasoner: Any,
+    processor: Any,
+    segmenter: Any,
     *,
     probe: Probe = "seg",
     segmenter_mean: tuple[float, ...] = (0.485, 0.456, 0.406),
     segmenter_std: tuple[float, ...] = (0.229, 0.224, 0.225),
-    **settings: int,
+    **settings: Any,
 ) -> tuple[CoreSeg, CoreSegProcessor]:
     """The same from models in memory, which become the new model's own parts. `settings` go to `CoreSegConfig`."""
-    tokenizer = processor.tokenizer  # type: ignore[attr-defined]
+    tokenizer = processor.tokenizer
     if tokenizer.convert_tokens_to_ids(SEG_TOKEN) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens(
             {"additional_special_tokens": [SEG_TOKEN]}, replace_additional_special_tokens=False

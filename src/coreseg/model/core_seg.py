@@ -124,6 +124,9 @@ class CoreSeg(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    reasoner: Any
+    segmenter: Any
+    adapter: SemanticPromptAdapter
 
     def __init__(self, config: CoreSegConfig) -> None:
         super().__init__(config)
@@ -146,7 +149,7 @@ class CoreSeg(PreTrainedModel):
         # It swaps masks in eval mode only, so that training and inference would disagree.
         self.segmenter.mask_decoder.dynamic_multimask_via_stability = False
         self.segmenter.vision_encoder.requires_grad_(False)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         """The adapter's; the two halves initialise themselves."""
@@ -204,15 +207,15 @@ class CoreSeg(PreTrainedModel):
 
         A row without `<seg>` has none. Should a row hold several `<seg>`, the last one counts.
         """
-        is_seg = ids == self.config.seg_token_id
-        last_seg = is_seg & (is_seg.flip(1).cumsum(1).flip(1) == 1)
+        is_seg = ids.eq(self.config.seg_token_id)
+        last_seg: torch.Tensor = is_seg & (is_seg.flip(1).cumsum(1).flip(1) == 1)
         if self.config.probe == "seg":
             return last_seg
         opening = self.config.answer_token_ids
         windows = ids.unfold(1, len(opening), 1) == torch.tensor(opening, device=ids.device)
         opened = nn.functional.pad(windows.all(-1), (len(opening) - 1, 0))
-        until_seg = last_seg.flip(1).cumsum(1).flip(1) > 0
-        return (opened.cumsum(1) > 0) & until_seg
+        until_seg: torch.Tensor = last_seg.flip(1).cumsum(1).flip(1) > 0
+        return until_seg & (opened.cumsum(1) > 0)
 
     def decode(
         self,

@@ -188,7 +188,7 @@ class _Prompt:
     frame_wh: tuple[int, int]
 
 
-class AnswerConstraint(LogitsProcessor):  # type: ignore[misc]
+class AnswerConstraint(LogitsProcessor):
     """Keeps every row of a batch inside the answer grammar; one object serves one call of `generate`."""
 
     def __init__(self, grammar: AnswerGrammar, frames_wh: Sequence[tuple[int, int]]) -> None:

@@ -5,21 +5,25 @@ Works on `Sam2Model` and `EdgeTamModel` of transformers alike. Their own `get_im
 that the frozen encoder's maps can be cached and everything trainable gets its gradient, the steps are spelled out.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
-from transformers import PreTrainedModel
+
+SegmenterModel = Any
+"""A `Sam2Model` or `EdgeTamModel`; their submodules have no types to check against."""
 
 FeatureMaps = list[Float[torch.Tensor, "batch channels _ _"]]
 """The FPN's maps, fine to coarse (strides 4, 8 and 16 in SAM 2)."""
 
 
-def encode_image(segmenter: PreTrainedModel, pixel_values: Float[torch.Tensor, "batch 3 side side"]) -> FeatureMaps:
+def encode_image(segmenter: SegmenterModel, pixel_values: Float[torch.Tensor, "batch 3 side side"]) -> FeatureMaps:
     """The image encoder's FPN maps; they depend on the image alone, so they are computed once an image."""
     return list(segmenter.vision_encoder(pixel_values, return_dict=True).fpn_hidden_states)
 
 
 def decode_masks(
-    segmenter: PreTrainedModel,
+    segmenter: SegmenterModel,
     maps: FeatureMaps,
     sparse_prompts: Float[torch.Tensor, "batch prompts tokens channels"],
 ) -> Float[torch.Tensor, "batch prompts map_height map_width"]:
@@ -42,7 +46,7 @@ def decode_masks(
     return logits
 
 
-def any_lesion_prompt(segmenter: PreTrainedModel, batch: int) -> Float[torch.Tensor, "batch 1 3 channels"]:
+def any_lesion_prompt(segmenter: SegmenterModel, batch: int) -> Float[torch.Tensor, "batch 1 3 channels"]:
     """The class-agnostic prompt that knows nothing of the question: SAM's own "not a point", three times.
 
     Three tokens, since a box prompt has three; a segmenter trained here learns to answer it with every lesion it sees.

@@ -31,11 +31,10 @@ class NanoVisionConfig(PreTrainedConfig):
         position_channels: int = 32,
         **kwargs: Any,
     ) -> None:
-        if isinstance(encoder_config, dict):
-            encoder_config = AutoConfig.for_model(**encoder_config)
-        self.encoder_config: Any = encoder_config
+        given: Any = encoder_config
+        self.encoder_config = AutoConfig.for_model(**given) if isinstance(given, dict) else given
         self.position_channels = position_channels
-        width = 0 if encoder_config is None else self.encoder_config.fpn_hidden_size
+        width = 0 if given is None else self.encoder_config.fpn_hidden_size
         self.hidden_size = MERGE**2 * width + position_channels
         kwargs.pop("hidden_size", None)
         super().__init__(**kwargs)
@@ -54,7 +53,7 @@ class NanoVisionModel(PreTrainedModel):
     def __init__(self, config: NanoVisionConfig) -> None:
         super().__init__(config)
         self.encoder = AutoModel.from_config(config.encoder_config)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing of our own to initialise; the encoder's class does it for itself."""

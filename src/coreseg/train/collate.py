@@ -61,9 +61,10 @@ class Examples(Dataset[Example]):
 
     def fixed(self, count: int, seed: int) -> list[Example]:
         """`count` rows in equal steps through the split, unchanged, each with its plain question: for validation."""
-        numbers = np.unique(np.linspace(0, len(self.rows) - 1, count).astype(int)) if self.rows else []
-        examples = []
-        for number in numbers:
+        examples: list[Example] = []
+        if not self.rows:
+            return examples
+        for number in np.unique(np.linspace(0, len(self.rows) - 1, count).astype(int)):
             lesions, sample = self.rows[number]
             image, mask = lesions.image(sample), lesions.mask(sample)
             question = ask(sample.category, np.random.default_rng((seed, number)))

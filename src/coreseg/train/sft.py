@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -133,7 +133,7 @@ def text_loss(logits: Float[torch.Tensor, "batch tokens vocabulary"], batch: Bat
     )
 
 
-class SftTrainer(Trainer):  # type: ignore[misc]
+class SftTrainer(Trainer):
     """`Trainer` with this stage's loss, two learning rates, and rows drawn by set size."""
 
     def __init__(self, *, settings: SftConfig, **kwargs: Any) -> None:
@@ -144,7 +144,11 @@ class SftTrainer(Trainer):  # type: ignore[misc]
         self.parts: dict[str, float] = {}
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Text and mask loss of one batch."""
         batch: Batch = inputs["batch"]
@@ -177,6 +181,7 @@ class SftTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """AdamW: one learning rate for the language model, one for adapter and mask decoder."""
         if self.optimizer is None:
+            assert self.model is not None
             named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             reasoner = [p for n, p in named if n.startswith("reasoner.")]
             heads = [p for n, p in named if not n.startswith("reasoner.")]
@@ -192,7 +197,8 @@ class SftTrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Draws:
         """The whole run's draws, those of every process together."""
         rows_a_step = self.settings.batch_size * self.settings.accumulation * self.args.world_size
-        return Draws(self.train_dataset.weights, rows_a_step * self.settings.steps, self.settings.seed)
+        examples = cast(Examples, self.train_dataset)
+        return Draws(examples.weights, rows_a_step * self.settings.steps, self.settings.seed)
 
 
 def training_arguments(config: SftConfig) -> TrainingArguments:
@@ -220,7 +226,7 @@ def training_arguments(config: SftConfig) -> TrainingArguments:
     )
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]
+class Watch(TrainerCallback):
     """Validates by writing answers, keeps the best state in `best/`, and draws sample overlays."""
 
     def __init__(self, config: SftConfig, processor: CoreSegProcessor, validation: Examples) -> None:

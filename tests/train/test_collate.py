@@ -1,0 +1,54 @@
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from coreseg.config import SftConfig
+from coreseg.masks import mask_to_boxes
+from coreseg.model.processor import CoreSegProcessor
+from coreseg.train.collate import Draws, Example, Examples
+from coreseg.train.sft import Collator
+from coreseg.types import Answer
+
+
+def examples(phantoms: Path, **changes: float) -> Examples:
+    return Examples.open(SftConfig(model="nano", data=(str(phantoms),), out="run", **changes), "train")  # type: ignore[arg-type]
+
+
+def test_an_example_depends_on_row_and_draw_alone(phantoms: Path) -> None:
+    rows, fresh = examples(phantoms, remeasure=True), examples(phantoms, remeasure=True)
+    for _ in range(3):
+        rows[(0, 1)]
+    one, other = rows[(1, 7)], fresh[(1, 7)]
+    assert np.array_equal(one.image, other.image) and one.question == other.question and one.answer == other.answer
+    assert not np.array_equal(rows[(1, 8)].image, one.image)
+
+
+def test_boxes_are_those_of_the_changed_mask(phantoms: Path) -> None:
+    rows = examples(phantoms, remeasure=True, attribute_share=0.5)
+    for draw in range(12):
+        example = rows[(draw % len(rows), draw)]
+        assert np.array_equal(np.array(example.answer.boxes).reshape(-1, 4), mask_to_boxes(example.mask))
+        assert example.answer.found == bool(example.answer.boxes)
+
+
+def test_draws_follow_the_weights_and_the_seed() -> None:
+    weights = np.array([1.0, 3.0, 0.0])
+    drawn = list(Draws(weights, 4000, seed=0))
+    assert [draw for _, draw in drawn] == list(range(4000))
+    counts = Counter(row for row, _ in drawn)
+    assert counts[2] == 0 and 0.22 < counts[0] / 4000 < 0.28
+    assert drawn == list(Draws(weights, 4000, seed=0)) != list(Draws(weights, 4000, seed=1))
+
+
+def test_a_lesion_of_one_pixel_survives_the_shrinking(nano: Path) -> None:
+    mask = np.zeros((300, 500), bool)
+    mask[17, 401] = True
+    example = Example(
+        np.zeros((300, 500, 3), np.uint8), mask, "Where?", Answer("cyst", ((401, 17, 402, 18),), "", True)
+    )
+    small = Collator(CoreSegProcessor.from_pretrained(nano)).reference(example)
+    assert small.shape == (64, 64) and small.sum() >= 1
+    row, column = torch.nonzero(small)[0].tolist()
+    assert abs(row - 17 * 64 / 300) <= 1 and abs(column - 401 * 64 / 500) <= 1

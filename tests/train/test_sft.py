@@ -1,0 +1,140 @@
+"""Stage 1 on tiny models: what trains, what stays, and that a run can be stopped, split and resumed."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coreseg.config import SftConfig
+from coreseg.errors import ConfigError, DataError
+from coreseg.model.assemble import load_parts
+from coreseg.model.core_seg import CoreSeg
+from coreseg.model.processor import CoreSegProcessor
+from coreseg.segmenter import Segmenter
+from coreseg.train.collate import Examples
+from coreseg.train.sft import Collator, SftTrainer, prepare, save_checkpoint, train_sft, training_arguments
+
+
+def settings(model: Path, data: Path, out: Path, **changes: Any) -> SftConfig:
+    values: dict[str, Any] = {
+        "steps": 3, "batch_size": 2, "warmup_steps": 0, "lora_rank": 2, "eval_samples": 0, "save_every": 100,
+        "learning_rate": 1e-3, "head_learning_rate": 1e-3, "absent_share": 0.0,
+    }  # fmt: skip
+    return SftConfig(**values | {"model": str(model), "data": (str(data),), "out": str(out)} | changes)
+
+
+def trained(config: SftConfig) -> tuple[dict[str, torch.Tensor], CoreSeg, CoreSegProcessor]:
+    """The state before training, and the model after it."""
+    torch.manual_seed(0)
+    model, processor = load_parts(config.model)
+    prepare(model, config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    SftTrainer(
+        model=model,
+        args=training_arguments(config),
+        train_dataset=Examples.open(config, "train"),
+        data_collator=Collator(processor),
+        settings=config,
+    ).train()
+    return before, model, processor
+
+
+def test_frozen_parts_and_buffers_stay(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    before, model, _ = trained(settings(nano, phantoms, tmp_path))
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("running_mean" in name for name in before), "there is batch normalisation to keep still"
+    for name, tensor in model.state_dict().items():
+        if name not in trainable:
+            assert torch.equal(tensor, before[name]), name
+    moved = {name.split(".")[0] for name in trainable if not torch.equal(model.state_dict()[name], before[name])}
+    assert moved == {"reasoner", "adapter", "segmenter"}
+
+
+def test_only_the_marker_rows_of_the_embeddings_move(qwen: Path, phantoms: Path, tmp_path: Path) -> None:
+    config = settings(qwen, phantoms, tmp_path / "run", steps=1)
+    start, _ = load_parts(qwen)
+    _, model, processor = trained(config)
+    save_checkpoint(model, processor, tmp_path / "saved")
+    end, _ = load_parts(tmp_path / "saved")
+    seg = end.config.seg_token_id
+    for now, then in (
+        (end.reasoner.get_input_embeddings(), start.reasoner.get_input_embeddings()),
+        (end.reasoner.get_output_embeddings(), start.reasoner.get_output_embeddings()),
+    ):
+        assert now.weight.shape == then.weight.shape, "embeddings never shrink"
+        assert (now.weight != then.weight).any(dim=1).nonzero()[:, 0].tolist() == [seg]
+
+
+def test_a_merged_checkpoint_answers_as_the_trained_model(qwen: Path, phantoms: Path, tmp_path: Path) -> None:
+    config = settings(qwen, phantoms, tmp_path / "run", learning_rate=1e-2)
+    _, model, processor = trained(config)
+    save_checkpoint(model, processor, tmp_path / "saved")
+    again, _ = load_parts(tmp_path / "saved")
+    batch = Collator(processor)([Examples.open(config, "train")[(0, 0)]])["batch"]
+    inputs = (batch.input_ids, batch.attention_mask, batch.reasoner_inputs, batch.segmenter_pixels)
+    with torch.no_grad():
+        ours, theirs = model.eval()(*inputs), again.eval()(*inputs)
+    torch.testing.assert_close(theirs.logits, ours.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(theirs.mask_logits, ours.mask_logits, atol=1e-4, rtol=1e-4)
+
+
+def test_four_times_two_equals_eight(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    """One optimiser step: the gradient may not depend on how a batch is cut."""
+    _, whole, _ = trained(settings(nano, phantoms, tmp_path / "a", steps=1, batch_size=8))
+    _, cut, _ = trained(settings(nano, phantoms, tmp_path / "b", steps=1, batch_size=2, accumulation=4))
+    for (name, one), (_, other) in zip(whole.named_parameters(), cut.named_parameters(), strict=True):
+        if one.grad is None and other.grad is None:
+            torch.testing.assert_close(other, one, atol=2e-5, rtol=1e-3, msg=name)
+
+
+def weights_after(config: SftConfig) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    train_sft(config)
+    last = max(Path(config.out).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return load_file(last / "model.safetensors")
+
+
+def test_a_resumed_run_goes_on_as_if_never_stopped(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    import shutil
+
+    config = settings(nano, phantoms, tmp_path / "run", steps=4, save_every=2, remeasure=True)
+    uninterrupted = weights_after(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    resumed = weights_after(config)
+    assert uninterrupted.keys() == resumed.keys()
+    for name, tensor in uninterrupted.items():
+        torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_a_run_leaves_a_checkpoint_that_opens(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    run = train_sft(settings(nano, phantoms, tmp_path / "run", eval_every=3, eval_samples=2))
+    assert (run / "best" / "config.json").is_file()
+    assert [path.name for path in (run / "overlays").iterdir()] == ["step-000003.png"]
+    (line,) = (run / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {"step", "dice", "detect", "valid", "score"} <= json.loads(line).keys()
+    example = Examples.open(settings(nano, phantoms, run), "val").fixed(1, 0)[0]
+    result = Segmenter.from_pretrained(run, device="cpu").segment(example.image, example.question)
+    assert result.valid and result.mask.shape == example.mask.shape
+
+
+def test_a_folder_of_another_run_is_refused(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    from coreseg.train.sft import _claim
+
+    config = settings(nano, phantoms, tmp_path / "run")
+    _claim(tmp_path / "run", config)
+    _claim(tmp_path / "run", copy.copy(config))
+    with pytest.raises(ConfigError, match="other settings"):
+        _claim(tmp_path / "run", settings(nano, phantoms, tmp_path / "run", steps=5))
+
+
+def test_a_set_without_training_rows_is_refused(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    rows = (phantoms / "metadata.jsonl").read_text(encoding="utf-8").replace('"train"', '"val"')
+    for folder in ("images", "masks"):
+        (tmp_path / folder).symlink_to(phantoms / folder)
+    (tmp_path / "metadata.jsonl").write_text(rows, encoding="utf-8")
+    with pytest.raises(DataError, match="train"):
+        Examples.open(settings(nano, tmp_path, tmp_path / "run"), "train")
