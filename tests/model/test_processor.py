@@ -66,7 +66,7 @@ def test_no_question_brings_markers_into_the_prompt(
 def test_a_question_about_the_template_itself(processor: CoreSegProcessor, pictures: list[np.ndarray]) -> None:
     """Whatever stands for the question while the template is filled must not clash with a question that spells it."""
     batch = processor(pictures[:1], ["QUESTION-GOES-HERE QUESTION-GOES-HERE"])
-    assert "QUESTION-GOES-HERE QUESTION-GOES-HERE" in processor.decode(batch.input_ids[0])
+    assert "QUESTION-GOES-HERE QUESTION-GOES-HERE" in processor.decode(batch.input_ids[0].tolist())
 
 
 def test_rows_are_padded_on_the_left(
@@ -87,7 +87,7 @@ def test_labels_are_the_answer_and_nothing_else(processor: CoreSegProcessor, pic
     batch = processor(pictures[:1], ["Where is the cyst?"], ANSWERS[:1])
     kept = batch.labels[0] != IGNORED
     assert torch.equal(batch.input_ids[0][kept], batch.labels[0][kept])
-    text = processor.decode(batch.labels[0][kept][:-1])
+    text = processor.decode(batch.labels[0][kept][:-1].tolist())
     read = processor.read(text, batch.frames_wh[0], (71, 50))
     assert read is not None and read.category == "cyst"
     prompt = processor(pictures[:1], ["Where is the cyst?"]).input_ids[0]

@@ -45,7 +45,7 @@ class AttnPool(nn.Module):
 
     def __init__(self, width: int, queries: int, heads: int) -> None:
         super().__init__()
-        self.queries = nn.Parameter(torch.empty(queries, width))
+        self.queries = nn.Parameter(nn.init.trunc_normal_(torch.empty(queries, width), std=1.0))
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
 

@@ -73,12 +73,12 @@ def join(
     """The same from models in memory, which become the new model's own parts. `settings` go to `CoreSegConfig`."""
     tokenizer = processor.tokenizer
     if tokenizer.convert_tokens_to_ids(SEG_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": [SEG_TOKEN]}, replace_additional_special_tokens=False
-        )
+        tokenizer.add_tokens([SEG_TOKEN], special_tokens=True)
     rows = reasoner.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         reasoner.resize_token_embeddings(len(tokenizer))
+    for part in (reasoner.config, segmenter.config):
+        part._name_or_path = ""  # Where the parts lay is nobody's business once they are joined.
     config = CoreSegConfig(
         reasoner_config=reasoner.config,
         segmenter_config=segmenter.config,
@@ -131,6 +131,8 @@ def load_parts(name_or_path: str | Path, dtype: torch.dtype | None = None) -> tu
                 f"{name_or_path} holds a {kind!r}, not a CORE-Seg; join it with a segmenter by `coreseg assemble`"
             )
         model = CoreSeg.from_pretrained(place, dtype=dtype or torch.float32)
+        # Loading makes every weight trainable again.
+        model.segmenter.vision_encoder.requires_grad_(False)
         return model, CoreSegProcessor.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise ModelError(f"model {name_or_path}: cannot be loaded: {_first(error)}") from error

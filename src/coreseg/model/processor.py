@@ -23,7 +23,8 @@ from coreseg.masks import map_boxes
 from coreseg.model.core_seg import CoreSegConfig
 from coreseg.types import Answer
 
-Picture = UInt8[np.ndarray, "height width 3"]
+# Pictures of one batch have sizes of their own, so the dimensions go without names.
+Picture = UInt8[np.ndarray, "_ _ 3"]
 IGNORED = -100
 """Label of a token that carries no loss."""
 _QUESTION_MARK = "QUESTION-GOES-HERE"

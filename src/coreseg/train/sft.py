@@ -103,6 +103,10 @@ def add_lora(model: CoreSeg, rank: int, alpha: int) -> None:
             trainable_token_indices=rows if tied else {embedding: rows, head: rows},
         ),
     )
+    if tied:
+        # PEFT puts both matrices behind wrappers; without the new name a checkpoint of theirs cannot be saved.
+        base = model.reasoner.get_base_model()
+        base._tied_weights_keys = {**base._tied_weights_keys, f"{head}.token_adapter": f"{embedding}.token_adapter"}
 
 
 @dataclass(frozen=True)
