@@ -81,14 +81,17 @@ def test_a_merged_checkpoint_answers_as_the_trained_model(qwen: Path, phantoms: 
     torch.testing.assert_close(theirs.mask_logits, ours.mask_logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.xfail(reason="text and mask losses are means over a micro-batch's tokens and masks, not over its rows")
-def test_four_times_two_equals_eight(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+def test_four_times_two_equals_eight(
+    nano: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One optimiser step: the gradient may not depend on how a batch is cut."""
-    _, whole, _ = trained(settings(nano, phantoms, tmp_path / "a", steps=1, batch_size=8))
-    _, cut, _ = trained(settings(nano, phantoms, tmp_path / "b", steps=1, batch_size=2, accumulation=4))
+    # Adam's first step has the size of the learning rate whatever the gradient's; plain descent shows the gradient.
+    monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)
+    plain: dict[str, Any] = {"steps": 1, "learning_rate": 1.0, "head_learning_rate": 1.0}
+    _, whole, _ = trained(settings(nano, phantoms, tmp_path / "a", batch_size=8, **plain))
+    _, cut, _ = trained(settings(nano, phantoms, tmp_path / "b", batch_size=2, accumulation=4, **plain))
     for (name, one), (_, other) in zip(whole.named_parameters(), cut.named_parameters(), strict=True):
-        if one.grad is None and other.grad is None:
-            torch.testing.assert_close(other, one, atol=2e-5, rtol=1e-3, msg=name)
+        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def weights_after(config: SftConfig) -> dict[str, torch.Tensor]:

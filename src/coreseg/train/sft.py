@@ -131,10 +131,15 @@ class Collator:
 
 
 def text_loss(logits: Float[torch.Tensor, "batch tokens vocabulary"], batch: Batch) -> Float[torch.Tensor, ""]:
-    """Cross-entropy of every answer token, averaged over the batch's answer tokens."""
-    return functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=IGNORED
+    """Cross-entropy, averaged over each row's answer tokens and then over the rows.
+
+    By rows, so that the gradient does not depend on how a batch is cut into micro-batches or over processes.
+    """
+    targets = batch.labels[:, 1:]
+    each = functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2).float(), targets, ignore_index=IGNORED, reduction="none"
     )
+    return (each.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)).mean()
 
 
 class SftTrainer(Trainer):
@@ -168,7 +173,8 @@ class SftTrainer(Trainer):
         self._keep("text_loss", text)
         if wants_mask and output.with_mask.any():
             mask = dice_ce(output.mask_logits, inputs["masks"][output.with_mask])
-            loss = loss + self.settings.mask_weight * mask
+            # A row without a `<seg>` counts as a row with no mask loss.
+            loss = loss + self.settings.mask_weight * mask * output.with_mask.float().mean()
             self._keep("mask_loss", mask)
         return (loss, output) if return_outputs else loss
 
