@@ -202,4 +202,6 @@ def test_no_path_of_a_machine() -> None:
 
 def test_a_machine_path_is_caught() -> None:
     assert MACHINE_PATH.search("cd " + "/".join(["", "work", "main"]))
-    assert not MACHINE_PATH.search("see docs/work/home/page.md or https://example.org/work/it")
+    assert not MACHINE_PATH.search(
+        "/".join(["see docs", "work", "home", "page.md or https://example.org", "work", "it"])
+    )
