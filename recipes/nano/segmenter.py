@@ -23,6 +23,7 @@ from transformers import EdgeTamModel
 from coreseg.data.store import LesionSet
 from coreseg.model.sam2 import any_lesion_prompt, decode_masks, encode_image
 from coreseg.train.augment import augment
+from coreseg.train.collate import stretch_mask
 from coreseg.train.losses import dice_ce
 
 BATCH = 8
@@ -38,12 +39,9 @@ def load(lesions: LesionSet, split: str) -> tuple[torch.Tensor, torch.Tensor, li
     images, masks, sources = [], [], []
     for sample in tqdm(lesions.split(split), desc=f"reading {split}"):
         image = torch.from_numpy(lesions.image(sample)).permute(2, 0, 1)[None].float()
-        mask = torch.from_numpy(lesions.mask(sample))[None, None].float()
         side = (IMAGE_SIZE_PX, IMAGE_SIZE_PX)
         images.append(functional.interpolate(image, side, mode="bilinear", antialias=True).round().byte())
-        # A lesion of one pixel must survive: half coverage, or its brightest pixel.
-        small = functional.interpolate(mask, side, mode="bilinear", antialias=True)
-        masks.append(small >= min(0.5, max(float(small.max()), 1e-6)))
+        masks.append(stretch_mask(lesions.mask(sample), IMAGE_SIZE_PX)[None, None])
         sources.append(sample.source)
     return torch.cat(images), torch.cat(masks), sources
 
@@ -107,6 +105,7 @@ def train(lesions: LesionSet, out: Path, steps: int, seed: int, validate_every: 
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     images, masks, sources = load(lesions, "train")
+    validation = load(lesions, "val")
     counts = {name: sources.count(name) for name in set(sources)}
     weights = np.array([counts[name] ** -0.5 for name in sources])
     model = build_segmenter().to(memory_format=torch.channels_last)
@@ -148,18 +147,11 @@ def train(lesions: LesionSet, out: Path, steps: int, seed: int, validate_every: 
         if (step + 1) % SAVE_EVERY == 0:
             torch.save({"step": step + 1, **{name: part.state_dict() for name, part in parts.items()}}, checkpoint)
         if (step + 1) % validate_every == 0 or step + 1 == steps:
-            figures = validate(average.module.eval(), *load_once(lesions))
+            figures = validate(average.module.eval(), *validation)
             line = {"step": step + 1, "seconds": round(time.time() - started), "loss": loss.item(), **figures}
             (out / "log.jsonl").open("a").write(json.dumps(line) + "\n")
             bar.write(json.dumps(line))
     average.module.save_pretrained(out)
-
-
-def load_once(lesions: LesionSet, _kept: dict[Path, tuple[torch.Tensor, torch.Tensor, list[str]]] = {}):  # noqa: B006
-    """The validation arrays, read at the first call."""
-    if lesions.root not in _kept:
-        _kept[lesions.root] = load(lesions, "val")
-    return _kept[lesions.root]
 
 
 if __name__ == "__main__":

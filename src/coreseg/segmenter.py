@@ -11,7 +11,7 @@ from PIL import Image
 from coreseg.answer import answer_sentence
 from coreseg.errors import InputError
 from coreseg.imaging import read_image
-from coreseg.model.assemble import EMBEDDED, load_parts
+from coreseg.model.assemble import DTYPES, EMBEDDED, load_parts
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import CoreSegProcessor
 from coreseg.types import Result
@@ -43,15 +43,14 @@ class Segmenter:
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        if dtype not in kinds:
-            raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(kinds)}")
+        if dtype not in DTYPES:
+            raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
         try:
             place = torch.device(device)
             torch.empty(0, device=place)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-        model, processor = load_parts(name_or_path, kinds[dtype])
+        model, processor = load_parts(name_or_path, DTYPES[dtype])
         model.to(device=place)  # type: ignore[call-arg]
         return cls(model, processor)
 

@@ -18,6 +18,7 @@ from coreseg.model.core_seg import SEGMENTER_FAMILY, CoreSeg, CoreSegConfig, Pro
 from coreseg.model.processor import CoreSegProcessor
 
 EMBEDDED = "nano"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def assemble(
@@ -164,11 +165,10 @@ def export(run: str | Path, out: Path, dtype: str = "bfloat16", shard_size: str 
 
     Raises ModelError for an unknown precision or where `out` is not empty.
     """
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in kinds:
-        raise ModelError(f"dtype is {dtype!r}; expected one of {', '.join(kinds)}")
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     if out.exists() and any(out.iterdir()):
         raise ModelError(f"{out} is not empty; give a new folder")
-    model, processor = load_parts(run, kinds[dtype])
+    model, processor = load_parts(run, DTYPES[dtype])
     model.save_pretrained(out, max_shard_size=shard_size)
     processor.save_pretrained(out)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
+from torch.nn import functional
 from torch.utils.data import Dataset, Sampler
 
 from coreseg.config import SftConfig
@@ -115,6 +116,13 @@ class Draws(Sampler[tuple[int, int]]):
         generator = torch.Generator().manual_seed(self.seed)
         rows = torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
         return zip(rows.tolist(), range(self.count), strict=True)
+
+
+def stretch_mask(mask: Bool[np.ndarray, "height width"], side_px: int) -> Bool[torch.Tensor, "side side"]:
+    """A mask stretched to a square: pixels at least half covered, or the most covered one where none is."""
+    pixels = torch.from_numpy(mask)[None, None].float()
+    covered = functional.interpolate(pixels, (side_px, side_px), mode="bilinear", antialias=True)[0, 0]
+    return covered >= min(0.5, max(float(covered.max()), 1e-6))
 
 
 def _changed(

@@ -22,14 +22,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from coreseg import config as settings
 from coreseg.config import SftConfig
-from coreseg.errors import ConfigError, DataError, MissingExtraError
+from coreseg.errors import ConfigError, MissingExtraError
 from coreseg.imaging import overlay
 from coreseg.metrics import detect_score, dice
-from coreseg.model.assemble import find_checkpoint, freeze_all_but_heads, load_parts
+from coreseg.model.assemble import freeze_all_but_heads, load_parts
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
 from coreseg.segmenter import Segmenter
-from coreseg.train.collate import Draws, Example, Examples
+from coreseg.train.collate import Draws, Example, Examples, stretch_mask
 from coreseg.train.losses import dice_ce
 
 SETTINGS_FILE = "sft.toml"
@@ -123,11 +123,8 @@ class Collator:
         return {"batch": batch, "masks": torch.stack([self.reference(e) for e in examples])}
 
     def reference(self, example: Example) -> Float[torch.Tensor, "side side"]:
-        """The mask stretched to the segmenter's square; a lesion of any size keeps at least its brightest pixel."""
-        side = (self.processor.config.segmenter_size_px,) * 2
-        mask = torch.from_numpy(example.mask)[None, None].float()
-        small = functional.interpolate(mask, side, mode="bilinear", antialias=True)[0, 0]
-        return (small >= min(0.5, max(float(small.max()), 1e-6))).float()
+        """The mask in the segmenter's square."""
+        return stretch_mask(example.mask, self.processor.config.segmenter_size_px).float()
 
 
 def text_loss(logits: Float[torch.Tensor, "batch tokens vocabulary"], batch: Batch) -> Float[torch.Tensor, ""]:
@@ -317,6 +314,3 @@ def _claim(out: Path, config: SftConfig) -> None:
     if file.exists() and settings.load(SftConfig, file) != config:
         raise ConfigError(f"{out} holds a run with other settings ({file}); give another `out`, or delete that folder")
     settings.save(config, file)
-
-
-__all__ = ["Collator", "DataError", "SftTrainer", "find_checkpoint", "save_checkpoint", "text_loss", "train_sft"]
