@@ -11,6 +11,6 @@ from coreseg.testing import write_phantom_set
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--count", type=int, default=1200)
     options = parser.parse_args()
-    write_phantom_set(options.out, options.count, seed=0, size_wh=(256, 224), two_kinds=0.5)
+    write_phantom_set(options.out, options.count, seed=0, size_wh=(256, 224), two_kinds=0.8)

@@ -108,9 +108,25 @@ def build_reasoner(segmenter: EdgeTamModel, tokenizer: PreTrainedTokenizerFast) 
     )
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.encoder.load_state_dict(segmenter.vision_encoder.state_dict())
+    write_numbers(model, tokenizer)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+@torch.no_grad()
+def write_numbers(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Start the tokens of numbers as waves over their value, so that near numbers look alike, in and out.
+
+    Our choice: a small model learns to place a box much sooner than from 257 unrelated tokens. The rows keep the
+    deviation of all the others.
+    """
+    table = model.get_input_embeddings().weight
+    frequencies = torch.pi * 2.0 ** torch.linspace(0, 7, table.shape[1] // 2)
+    for number in range(FRAME_PX + 1):
+        phases = number / FRAME_PX * frequencies
+        waves = torch.cat([phases.sin(), phases.cos()])
+        table[tokenizer.convert_tokens_to_ids(str(number))] = 2**0.5 * model.config.text_config.initializer_range * waves
 
 
 def trainable(model: torch.nn.Module) -> int:

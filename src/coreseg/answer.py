@@ -13,6 +13,7 @@ under the grammar, whatever merges a tokenizer knows, and text from outside can 
 import re
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -104,9 +105,13 @@ def _inside(box: Box, frame_wh: tuple[int, int] | None) -> bool:
 
 def encode(tokenizer: Any, parts: Sequence[Piece]) -> list[int]:
     """The token ids of the pieces, one after another; spelled-out markers in free text stay ordinary text."""
-    ids: list[int] = []
-    for part in parts:
-        ids += tokenizer(part.text, add_special_tokens=False, split_special_tokens=part.free)["input_ids"]
+    return [token for part in parts for token in _ids(tokenizer, part)]
+
+
+@lru_cache(maxsize=4096)
+def _ids(tokenizer: Any, part: Piece) -> list[int]:
+    """Kept, since every answer repeats the fixed parts and its numbers, and each call costs more than its work."""
+    ids: list[int] = tokenizer(part.text, add_special_tokens=False, split_special_tokens=part.free)["input_ids"]
     return ids
 
 

@@ -31,6 +31,8 @@ class SftConfig:
     train_decoder: whether the mask decoder trains beside the adapter.
     remeasure: change pictures at random and measure boxes and reasoning again on what came out. Only for reasoning by
     the measured describer; text by a teacher would no longer fit its picture.
+    versions: how many changed versions of each picture `remeasure` makes; 0 makes a new one at every draw. With a few,
+    what nano's frozen vision tower sees is computed once a version and kept in memory (64 KB each).
     with_reasoning: whether answers hold reasoning; without it texts are short, and boxes are learned sooner.
     attribute_share: share of questions about one of several lesions, where the picture allows.
     absent_share: share of questions about a category of another anatomy, answered by the absent form.
@@ -60,6 +62,7 @@ class SftConfig:
     mask_weight: float = 1.0
     train_decoder: bool = True
     remeasure: bool = False
+    versions: int = 0
     with_reasoning: bool = True
     attribute_share: float = 0.3
     absent_share: float = 0.05
@@ -81,7 +84,7 @@ class SftConfig:
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a number above 0")
         for name in (
             "text_weight", "mask_weight", "lora_rank", "warmup_steps", "weight_decay", "max_grad_norm", "balance",
-            "eval_samples", "workers", "seed",
+            "eval_samples", "versions", "workers", "seed",
         ):  # fmt: skip
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         for name in ("attribute_share", "absent_share"):

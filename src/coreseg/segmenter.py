@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,7 @@ class Segmenter:
             eos_token_id=self.processor.tokenizer.eos_token_id,
             pad_token_id=self.processor.tokenizer.pad_token_id,
             constraint=self.processor.constraint(batch.frames_wh) if constrained else None,
+            read_boxes=partial(self.processor.read_boxes, frames_wh=batch.frames_wh),
         )
         seconds = (time.perf_counter() - started) / len(pictures)
         return [

@@ -299,3 +299,20 @@ def test_intervals_go_by_case() -> None:
     assert (known["low"], known["high"]) == (0.0, 100.0)
     assert (one_image["low"], one_image["high"]) == (50.0, 50.0), "questions about one image go together"
     assert unknown["low"] > 30 and unknown["high"] < 70
+
+
+def test_pairs_tell_the_asked_lesion_from_the_other_in_the_same_image(
+    tmp_path: Path, lesion_set: LesionSet, oracle: Any, scripted: Any, give: Callable[..., Result]
+) -> None:
+    """A second category is added to the image of the first cyst in val; one predictor listens, one does not."""
+    assert run(lesion_set, oracle).summary["pairs"] is None
+    cyst = next(row for row in lesion_set.split("val") if row.category == "cyst")
+    (lesion_set.root / "masks/two.png").write_bytes((lesion_set.root / "masks/polyp_1.png").read_bytes())
+    other = replace(cyst, category="polyp", mask_file_name="masks/two.png", boxes=((20, 10, 24, 14),))
+    both = LesionSet(lesion_set.root, (*lesion_set.samples, other))
+    pairs = run(both, oracle).summary["pairs"]
+    assert pairs["n"] == 2 and pairs["by"].keys() == {"cysts"}
+    assert pairs["dice"]["mean"] == 100.0 and pairs["other"]["mean"] == 0.0
+    deaf = scripted(lambda sample, image, question: oracle.answer(cyst, image, question))
+    pairs = run(both, deaf).summary["pairs"]
+    assert pairs["dice"]["mean"] == pairs["other"]["mean"] == 50.0

@@ -54,7 +54,7 @@ def test_starts_near_the_token_it_is_given() -> None:
     adapter.start_at(token)
     prompt = adapter(states(), all_present())
     away = (prompt - token).square().mean().sqrt() / token.square().mean().sqrt()
-    assert 0.2 < away < 0.4
+    assert 0.4 < away < 0.6
 
 
 def test_gradients_reach_every_parameter() -> None:

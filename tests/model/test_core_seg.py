@@ -1,6 +1,7 @@
 """The joined model: one path to the mask, the same in training, inference and evaluation."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from coreseg.answer import parse
 from coreseg.errors import InputError
 from coreseg.model.assemble import freeze_all_but_heads
 from coreseg.model.core_seg import CoreSeg, Generation, TrainingOutput
-from coreseg.model.processor import Batch
+from coreseg.model.processor import IGNORED, Batch
+from coreseg.model.sam2 import box_prompts
 from coreseg.segmenter import Segmenter
 from coreseg.types import Answer
 
@@ -43,6 +45,7 @@ def generate(segmenter: Segmenter, batch: Batch, constrained: bool = True, tempe
         pad_token_id=segmenter.processor.tokenizer.pad_token_id,
         constraint=segmenter.processor.constraint(batch.frames_wh) if constrained else None,
         temperature=temperature,
+        read_boxes=partial(segmenter.processor.read_boxes, frames_wh=batch.frames_wh),
     )
 
 
@@ -53,6 +56,7 @@ def forward(model: CoreSeg, batch: Batch) -> TrainingOutput:
         attention_mask=batch.attention_mask,
         reasoner_inputs=batch.reasoner_inputs,
         segmenter_pixels=batch.segmenter_pixels,
+        segmenter_boxes=batch.segmenter_boxes,
     )
 
 
@@ -80,6 +84,7 @@ def with_completion(segmenter: Segmenter, batch: Batch, completions: list[list[i
         reasoner_inputs=inputs,
         segmenter_pixels=batch.segmenter_pixels,
         frames_wh=batch.frames_wh,
+        segmenter_boxes=segmenter.processor.read_boxes(completions, batch.frames_wh),
     )
 
 
@@ -93,17 +98,18 @@ def found_generation(segmenter: Segmenter, batch: Batch) -> Generation:
     raise AssertionError("no sample had two masks")
 
 
+@pytest.mark.parametrize("box_prompts", [False, True])
 @pytest.mark.parametrize("probe", ["seg", "answer"])
 def test_states_kept_from_generation_equal_a_full_pass(
-    segmenter: Segmenter, pictures: list[np.ndarray], questions: list[str], probe: str
+    segmenter: Segmenter, pictures: list[np.ndarray], questions: list[str], probe: str, box_prompts: bool
 ) -> None:
-    segmenter.model.config.probe = probe
+    segmenter.model.config.probe, segmenter.model.config.box_prompts = probe, box_prompts
     try:
         batch = segmenter.processor(pictures, questions)
         generation = found_generation(segmenter, batch)
         output = forward(segmenter.model, with_completion(segmenter, batch, generation.ids))
     finally:
-        segmenter.model.config.probe = "seg"
+        segmenter.model.config.probe, segmenter.model.config.box_prompts = "seg", False
     kept = [logits for logits in generation.mask_logits if logits is not None]
     assert output.with_mask.tolist() == [logits is not None for logits in generation.mask_logits]
     torch.testing.assert_close(torch.stack(kept), output.mask_logits, atol=1e-4, rtol=1e-4)
@@ -213,12 +219,38 @@ def test_boxes_reach_the_decoder_only_where_the_configuration_says_so(nano: Segm
     model = copy.deepcopy(nano.model)
     states = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0))
     maps = [torch.randn(1, 32, side, side, generator=torch.Generator().manual_seed(side)) for side in (16, 8, 4)]
-    present, boxes = torch.ones(1, 1, dtype=torch.bool), torch.tensor([[[4.0, 4.0, 30.0, 50.0]]])
+    present, boxes = torch.ones(1, 1, dtype=torch.bool), [torch.tensor([[4.0, 4.0, 30.0, 50.0]])]
     with torch.no_grad():
         without = model.decode(states, present, maps)
         assert torch.equal(model.decode(states, present, maps, boxes), without)
         model.config.box_prompts = True
         assert not torch.allclose(model.decode(states, present, maps, boxes), without, atol=1e-4)
+
+
+def test_box_prompts_of_unequal_rows_are_filled_with_no_point(nano: Segmenter) -> None:
+    two, none = torch.tensor([[4.0, 4.0, 30.0, 50.0], [1.0, 2.0, 9.0, 8.0]]), torch.zeros(0, 4)
+    with torch.no_grad():
+        prompts = box_prompts(nano.model.segmenter, [two[:1], two, none])
+        alone = box_prompts(nano.model.segmenter, [two[:1]])
+    count = alone.shape[2]
+    assert prompts.shape[:3] == (3, 1, 2 * count)
+    torch.testing.assert_close(prompts[:1, :, :count], alone)
+    torch.testing.assert_close(prompts[1, 0, :count], alone[0, 0])
+    blank = nano.model.segmenter.prompt_encoder.not_a_point_embed.weight.expand(2 * count, -1)
+    torch.testing.assert_close(prompts[2, 0], blank)
+    torch.testing.assert_close(prompts[0, 0, count:], blank[count:])
+
+
+def test_the_processor_reads_boxes_into_the_segmenters_square(nano: Segmenter, pictures: list[np.ndarray]) -> None:
+    height, width = pictures[0].shape[:2]
+    answer = Answer("cyst", ((0, 0, width, height), (0, 0, width // 2, height)), "Two.", found=True)
+    batch = nano.processor(pictures[:1], ["Where?"], [answer])
+    side = nano.processor.config.segmenter_size_px
+    expected = torch.tensor([[0.0, 0, side, side], [0, 0, side / 2, side]])
+    torch.testing.assert_close(batch.segmenter_boxes[0], expected)
+    written = batch.labels[0][batch.labels[0] != IGNORED].tolist()[:-1]
+    torch.testing.assert_close(nano.processor.read_boxes([written], batch.frames_wh)[0], expected)
+    assert nano.processor.read_boxes([written[:-3]], batch.frames_wh)[0].shape == (0, 4)
 
 
 def test_written_boxes_do_not_change_the_mask(

@@ -2,6 +2,11 @@
 
 import copy
 import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ from coreseg.errors import ConfigError, DataError
 from coreseg.model.assemble import load_parts
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import CoreSegProcessor
+from coreseg.nano.vision import NanoVisionModel
 from coreseg.segmenter import Segmenter
 from coreseg.train.collate import Examples
 from coreseg.train.sft import Collator, SftTrainer, prepare, save_checkpoint, train_sft, training_arguments
@@ -92,6 +98,60 @@ def test_four_times_two_equals_eight(
     _, cut, _ = trained(settings(nano, phantoms, tmp_path / "b", batch_size=2, accumulation=4, **plain))
     for (name, one), (_, other) in zip(whole.named_parameters(), cut.named_parameters(), strict=True):
         torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def stepped(nano: Path, phantoms: Path, out: Path, processes: int) -> dict[str, torch.Tensor]:
+    """The weights after one step of four rows, cut over so many gloo processes."""
+    out.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(Path(__file__).parent / "one_step.py"), str(nano), str(phantoms), str(out)]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    alone = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [*command, str(4 // processes)],
+            env=os.environ | alone | (shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(processes)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors.decode()[-2000:]
+    weights: dict[str, torch.Tensor] = torch.load(out / "weights.pt", weights_only=True)
+    return weights
+
+
+def test_two_processes_equal_one(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    one = stepped(nano, phantoms, tmp_path / "one", 1)
+    two = stepped(nano, phantoms, tmp_path / "two", 2)
+    start = load_parts(nano)[0].state_dict()
+    assert any(not torch.equal(one[name], start[name]) for name in one)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_looks_that_are_kept_train_as_pixels_do(
+    nano: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)
+    config = settings(nano, phantoms, tmp_path / "a", remeasure=True, versions=1, steps=6, batch_size=6)
+    towers: list[int] = []
+    stock = NanoVisionModel.coarse_map
+    monkeypatch.setattr(
+        NanoVisionModel, "coarse_map", lambda self, pixels: towers.append(len(pixels)) or stock(self, pixels)
+    )
+    _, kept, _ = trained(config)
+    pictures = sum(towers)
+    assert pictures < 36 and len(towers) <= 6
+    monkeypatch.setattr(SftTrainer, "_looked", lambda self, model, inputs, pictures: inputs)
+    _, fresh, _ = trained(replace(config, out=str(tmp_path / "b")))
+    assert sum(towers) == pictures + 36
+    for (name, one), (_, other) in zip(kept.named_parameters(), fresh.named_parameters(), strict=True):
+        torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-3, msg=name)
 
 
 def weights_after(config: SftConfig) -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ class Record:
     boxes: as written, in original pixels.
     whole_dice: attribute questions only: what the reference mask of the whole category scores against the asked one.
     plain_dice: attribute questions only: the same of the mask that this predictor gave to the plain question.
+    other_dice: where the same image also shows another category: Dice of the answered mask with that one's lesions.
     """
 
     file_name: str
@@ -54,6 +55,7 @@ class Record:
     seconds: float
     whole_dice: float | None = None
     plain_dice: float | None = None
+    other_dice: float | None = None
 
     @property
     def drawn_with(self) -> str:
@@ -89,6 +91,8 @@ def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, Any]:
     - `presence`: `specificity` = lesion-free rows with an empty mask, also by source; `sensitivity` = lesion-bearing
       rows that were called found and given a mask. Lesion-free rows enter nothing else. An invalid answer counts as an
       empty mask here too, so `invalid_lesion_free` stands beside.
+    - `pairs`: the rows whose image shows another category too: Dice with the asked lesions and with the `other` ones,
+      pooled and by source. The two questions share the image's maps, so only the prompt can tell them apart.
     - `attributes`: the attribute questions apart, see `_attributes`.
     - `seconds_median`: wall time per image.
 
@@ -107,6 +111,7 @@ def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, Any]:
             "size": _by(lesion, _size_quartile(lesion), seed),
         },
         "presence": _presence(lesion, [record for record in plain if record.lesion_share == 0], seed),
+        "pairs": _pairs([record for record in lesion if record.other_dice is not None], seed),
         "attributes": _attributes([record for record in records if record.attribute], seed),
         "seconds_median": median(record.seconds for record in plain) if plain else None,
     }
@@ -170,6 +175,16 @@ def _presence(lesion: Sequence[Record], lesion_free: Sequence[Record], seed: int
             for source in sources
         },
     }
+
+
+def _pairs(records: Sequence[Record], seed: int) -> dict[str, Any] | None:
+    def both(rows: Sequence[Record]) -> dict[str, Any]:
+        other = _figure(rows, lambda record: record.other_dice or 0.0, seed)
+        return {"n": len(rows), "dice": _figure(rows, _SCORES["dice"], seed), "other": other}
+
+    sources = sorted({record.source for record in records})
+    by = {source: both([record for record in records if record.source == source]) for source in sources}
+    return {**both(records), "by": by} if records else None
 
 
 def _attributes(records: Sequence[Record], seed: int) -> dict[str, Any] | None:

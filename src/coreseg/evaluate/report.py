@@ -29,6 +29,7 @@ _HEADLINES = {
     "wrong_category": "wrong category",
 }
 _PRESENCE = {"sensitivity": "sensitivity", "specificity": "specificity", "invalid_lesion_free": "  invalid form"}
+_PAIRS = {"dice": "mDice with the asked lesion", "other": "mDice with the other one"}
 _ATTRIBUTES = {
     "dice": "mDice",
     "plain": "  its own mask of the whole category",
@@ -125,6 +126,7 @@ def print_table(evaluation: Evaluation, baselines: Sequence[Evaluation] = (), co
         _headline_table("Rows with the lesion, pooled", "pooled", columns),
         _headline_table("Rows with the lesion, mean of the sets", "macro", columns),
         _block_table("Is it there?", _PRESENCE, "presence", columns),
+        _block_table("Images with two categories: is it the asked one?", _PAIRS, "pairs", columns),
         _block_table("Questions about some of the lesions", _ATTRIBUTES, "attributes", columns),
         *(_part_table(title, part, columns) for part, title in _TITLES.items()),
     ):

@@ -69,6 +69,8 @@ class _Ask:
     reference: Bool[np.ndarray, "height width"]
     boxes: Boxes
     attribute: str = ""
+    other: Bool[np.ndarray, "height width"] | None = None
+    """The lesions of other categories in the same image, for the question about the whole category."""
 
 
 def evaluate(
@@ -96,6 +98,9 @@ def evaluate(
     rows = _chosen_rows(lesion_set.split(split), limit)
     if not rows:
         raise DataError(f"the set at {lesion_set.root} has no rows in split {split!r}; name a split that it has")
+    by_image: dict[str, list[Sample]] = {}
+    for sample in lesion_set.split(split):
+        by_image.setdefault(sample.file_name, []).append(sample)
     settings = {
         "model": predictor.name,
         "model_settings": dict(predictor.settings),
@@ -114,7 +119,8 @@ def evaluate(
             asks: list[_Ask] = []
             for row, sample in batch:
                 rng = np.random.default_rng([seed, row])
-                asks += _asks(lesion_set, sample, rng, held_out_questions, attribute_questions)
+                same = by_image[sample.file_name]
+                asks += _asks(lesion_set, sample, same, rng, held_out_questions, attribute_questions)
             fresh = _answered(predictor, asks, batch_size)
             records += fresh
             if file:
@@ -131,12 +137,18 @@ def _chosen_rows(samples: Sequence[Sample], limit: int | None) -> list[tuple[int
 
 
 def _asks(
-    lesion_set: LesionSet, sample: Sample, rng: np.random.Generator, held_out: bool, with_attributes: bool
+    lesion_set: LesionSet,
+    sample: Sample,
+    same_image: Sequence[Sample],
+    rng: np.random.Generator,
+    held_out: bool,
+    with_attributes: bool,
 ) -> list[_Ask]:
     """The questions about one row, the plain one last: a row whose plain record is on disk is finished."""
     image, mask = lesion_set.image(sample), lesion_set.mask(sample)
     question = questions.ask(sample.category, rng, held_out=True) if held_out else sample.query
-    plain = _Ask(sample, image, question, mask, sample.boxes)
+    others = [lesion_set.mask(row) for row in same_image if row.category != sample.category and row.boxes]
+    plain = _Ask(sample, image, question, mask, sample.boxes, other=np.any(others, axis=0) if others else None)
     if not with_attributes or len(sample.boxes) < 2:
         return [plain]
     attributes = questions.attribute_questions(image, mask, sample.category, rng, held_out=held_out)
@@ -200,6 +212,7 @@ def _scored(
         seconds=result.seconds,
         whole_dice=dice(whole, ask.reference) if ask.attribute else None,
         plain_dice=dice(plain_mask, ask.reference) if ask.attribute else None,
+        other_dice=None if ask.other is None else dice(mask, ask.other),
     )
 
 

@@ -45,7 +45,7 @@ class AttnPool(nn.Module):
 
     def __init__(self, width: int, queries: int, heads: int) -> None:
         super().__init__()
-        self.queries = nn.Parameter(nn.init.trunc_normal_(torch.empty(queries, width), std=1.0))
+        self.queries = nn.Parameter(nn.init.trunc_normal_(torch.empty(queries, width), std=0.5))
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
 
@@ -77,13 +77,13 @@ class SemanticPromptAdapter(nn.Module):
 
     @torch.no_grad()
     def start_at(self, token: Float[torch.Tensor, "1 width"]) -> None:
-        """Make every untrained prompt nearly `token`, repeated, with a small part that depends on the states.
+        """Make every untrained prompt nearly `token`, repeated, with a part half as large that depends on the states.
 
         Our choice: with the segmenter's "any lesion" token, training starts from a mask of every lesion rather than
         from noise.
         """
         self.pool.norm.bias.copy_(token[0])
-        self.pool.norm.weight.fill_(0.3 * float(token.square().mean().sqrt()))
+        self.pool.norm.weight.fill_(0.5 * float(token.square().mean().sqrt()))
 
     def forward(
         self, states: Float[torch.Tensor, "batch probes reasoner"], present: Bool[torch.Tensor, "batch probes"]

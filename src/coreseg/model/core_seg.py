@@ -7,7 +7,7 @@
 Source: CORE-Seg (arXiv 2603.05911).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,12 +26,14 @@ from transformers import (
 
 from coreseg.errors import ConfigError, ModelError
 from coreseg.model.adapter import SemanticPromptAdapter
-from coreseg.model.sam2 import FeatureMaps, any_lesion_prompt, decode_masks, encode_image
+from coreseg.model.sam2 import FeatureMaps, any_lesion_prompt, box_prompts, decode_masks, encode_image
 from coreseg.nano.vision import register
 
 register()
 
 Probe = Literal["seg", "answer"]
+Boxes = Sequence[Float[torch.Tensor, "_ 4"]]
+"""One tensor a row: boxes xyxy in pixels of the segmenter's square."""
 SEGMENTER_FAMILY = ("sam2", "sam2_video", "edgetam", "edgetam_video")
 
 
@@ -156,9 +158,10 @@ class CoreSeg(PreTrainedModel):
         if isinstance(module, SemanticPromptAdapter):
             for part in module.modules():
                 if isinstance(part, nn.Linear):
-                    nn.init.trunc_normal_(part.weight, std=0.02)
+                    # Wide enough that what differs between two states still differs in their prompts.
+                    nn.init.trunc_normal_(part.weight, std=part.in_features**-0.5)
                     nn.init.zeros_(part.bias)
-            nn.init.trunc_normal_(module.pool.queries, std=1.0)
+            nn.init.trunc_normal_(module.pool.queries, std=0.5)
 
     def get_input_embeddings(self) -> nn.Module:
         """The reasoner's token embedding."""
@@ -170,10 +173,8 @@ class CoreSeg(PreTrainedModel):
         `Trainer` calls this at every step.
         """
         super().train(mode)
-        for module in self.modules():
-            parameters = list(module.parameters())
-            if mode and parameters and not any(p.requires_grad for p in parameters):
-                module.eval()
+        if mode:
+            _rest_frozen(self)
         return self
 
     def forward(
@@ -183,10 +184,11 @@ class CoreSeg(PreTrainedModel):
         reasoner_inputs: Mapping[str, Any],
         segmenter_pixels: Float[torch.Tensor, "batch 3 side side"] | None = None,
         segmenter_maps: FeatureMaps | None = None,
+        segmenter_boxes: Boxes | None = None,
     ) -> TrainingOutput:
         """One teacher-forced pass over prompt and answer.
 
-        `reasoner_inputs` are the picture's own inputs of the reasoner (pixel values, grids…). The segmenter's picture
+        `segmenter_boxes` are the answers' boxes for `decode`. `reasoner_inputs` are the picture's own inputs of the reasoner (pixel values, grids…). The segmenter's picture
         comes as pixels or as the image encoder's maps, cached; without either no mask is decoded.
         """
         with _last_hidden_states(self.reasoner) as seen:
@@ -200,7 +202,8 @@ class CoreSeg(PreTrainedModel):
             return TrainingOutput(logits, logits.new_zeros((0, 1, 1)), with_mask & False)
         states, present = _gather(seen[-1], chosen)
         maps = [level[with_mask] for level in segmenter_maps]
-        return TrainingOutput(logits, self.decode(states[with_mask], present[with_mask], maps), with_mask)
+        boxes = segmenter_boxes and [segmenter_boxes[row] for row in torch.nonzero(with_mask)[:, 0]]
+        return TrainingOutput(logits, self.decode(states[with_mask], present[with_mask], maps, boxes), with_mask)
 
     def probe_positions(self, ids: Int[torch.Tensor, "batch tokens"]) -> Bool[torch.Tensor, "batch tokens"]:
         """Which positions' states the adapter reads: `<seg>` as the input, or the whole answer up to it.
@@ -222,18 +225,15 @@ class CoreSeg(PreTrainedModel):
         states: Float[torch.Tensor, "batch probes reasoner"],
         present: Bool[torch.Tensor, "batch probes"],
         maps: FeatureMaps,
-        boxes: Float[torch.Tensor, "batch boxes 4"] | None = None,
+        boxes: Boxes | None = None,
     ) -> Float[torch.Tensor, "batch height width"]:
         """Probe states -> semantic prompt -> mask logits at the finest map's size. The one path to a mask.
 
-        `boxes` (in the segmenter's square) join the prompt only where the configuration says `box_prompts`.
+        `boxes` join the prompt only where the configuration says `box_prompts`.
         """
         prompt = self.adapter(states.to(self.adapter.mlp.project.weight.dtype), present)[:, None]
         if self.config.box_prompts and boxes is not None:
-            corners, _ = self.segmenter.prompt_encoder(
-                input_points=None, input_labels=None, input_boxes=boxes, input_masks=None
-            )
-            prompt = torch.cat([prompt, corners.flatten(1, 2)[:, None]], dim=2)
+            prompt = torch.cat([prompt, box_prompts(self.segmenter, boxes)], dim=2)
         return decode_masks(self.segmenter, maps, prompt)[:, 0]
 
     def question_blind(
@@ -255,6 +255,7 @@ class CoreSeg(PreTrainedModel):
         pad_token_id: int,
         constraint: Any | None = None,
         temperature: float = 0.0,
+        read_boxes: Callable[[list[list[int]]], Boxes] | None = None,
     ) -> Generation:
         """Write the answer, and decode the mask of each completion from the states kept while writing.
 
@@ -285,15 +286,28 @@ class CoreSeg(PreTrainedModel):
         chosen = self.probe_positions(written.masked_fill(ended, pad_token_id))
         with_mask = chosen.any(dim=1)
         mask_logits: list[Float[torch.Tensor, "height width"] | None] = [None] * len(input_ids)
+        rows = [ids[: ids.index(eos_token_id)] if eos_token_id in ids else ids for ids in completion.tolist()]
         if with_mask.any():
             kept = torch.stack([step[:, -1] for step in seen[1:]], dim=1)
             states, present = _gather(kept, chosen)
             maps = encode_image(self.segmenter, segmenter_pixels[with_mask])
-            decoded = self.decode(states[with_mask], present[with_mask], maps)
-            for row, logits in zip(torch.nonzero(with_mask)[:, 0].tolist(), decoded, strict=True):
+            numbers = torch.nonzero(with_mask)[:, 0].tolist()
+            boxes = read_boxes and read_boxes(rows)
+            chosen_boxes = boxes and [boxes[row] for row in numbers]
+            decoded = self.decode(states[with_mask], present[with_mask], maps, chosen_boxes)
+            for row, logits in zip(numbers, decoded, strict=True):
                 mask_logits[row] = logits
-        rows = [ids[: ids.index(eos_token_id)] if eos_token_id in ids else ids for ids in completion.tolist()]
         return Generation(ids=rows, mask_logits=mask_logits)
+
+
+def _rest_frozen(module: nn.Module) -> None:
+    """Eval mode for the largest parts in which no parameter trains; what has no parameters goes with its neighbours."""
+    for child in module.children():
+        trains = [parameter.requires_grad for parameter in child.parameters()]
+        if any(trains):
+            _rest_frozen(child)
+        elif trains:
+            child.eval()
 
 
 @contextmanager

@@ -34,7 +34,8 @@ _QUESTION_MARK = "QUESTION-GOES-HERE"
 class Batch:
     """Model inputs of several rows, padded on the left.
 
-    `labels` are the answer's ids and IGNORED elsewhere; `frames_wh` the size at which the reasoner saw each picture.
+    `labels` are the answer's ids and IGNORED elsewhere; `frames_wh` the size at which the reasoner saw each picture;
+    `segmenter_boxes` the answers' boxes in the segmenter's square, none in a prompt.
     """
 
     input_ids: Int[torch.Tensor, "batch tokens"]
@@ -43,6 +44,7 @@ class Batch:
     reasoner_inputs: dict[str, torch.Tensor]
     segmenter_pixels: Float[torch.Tensor, "batch 3 side side"]
     frames_wh: list[tuple[int, int]]
+    segmenter_boxes: list[Float[torch.Tensor, "_ 4"]]
 
 
 class CoreSegProcessor:
@@ -111,6 +113,10 @@ class CoreSegProcessor:
             reasoner_inputs=extra,
             segmenter_pixels=torch.cat([self.segmenter_pixels(image) for image in images]),
             frames_wh=[prompt.frame_wh for prompt in prompts],
+            segmenter_boxes=[
+                self._to_segmenter(answer.boxes, (image.shape[1], image.shape[0]))
+                for image, answer in zip(images, answers or (), strict=answers is not None)
+            ],
         )
 
     def encode_answer(self, answer: Answer) -> list[int]:
@@ -126,6 +132,22 @@ class CoreSegProcessor:
         """The answer in a text, its boxes in original pixels; None where the form is invalid."""
         answer = parse(text, frame_wh)
         return answer and replace_boxes(answer, self.boxes_to_frame(answer.boxes, frame_wh, size_wh))
+
+    def read_boxes(
+        self, completions: Sequence[Sequence[int]], frames_wh: Sequence[tuple[int, int]]
+    ) -> list[Float[torch.Tensor, "_ 4"]]:
+        """The boxes that completions write, in the segmenter's square; none where the form is invalid."""
+        answers = [parse(self.decode(ids), frame) for ids, frame in zip(completions, frames_wh, strict=True)]
+        return [
+            self._to_segmenter(answer.boxes if answer else (), frame)
+            for answer, frame in zip(answers, frames_wh, strict=True)
+        ]
+
+    def _to_segmenter(
+        self, boxes: Sequence[tuple[int, ...]], from_wh: tuple[int, int]
+    ) -> Float[torch.Tensor, "_ 4"]:
+        scale = self.config.segmenter_size_px / torch.tensor([*from_wh, *from_wh])
+        return torch.tensor(boxes).reshape(-1, 4) * scale
 
     @staticmethod
     def boxes_to_frame(

@@ -5,6 +5,7 @@ Works on `Sam2Model` and `EdgeTamModel` of transformers alike. Their own `get_im
 that the frozen encoder's maps can be cached and everything trainable gets its gradient, the steps are spelled out.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,3 +56,25 @@ def any_lesion_prompt(segmenter: SegmenterModel, batch: int) -> Float[torch.Tens
     token = segmenter.prompt_encoder.not_a_point_embed.weight
     prompt: torch.Tensor = token.expand(batch, 1, 3, -1)
     return prompt
+
+
+def box_prompts(
+    segmenter: SegmenterModel, boxes: Sequence[Float[torch.Tensor, "_ 4"]]
+) -> Float[torch.Tensor, "batch 1 tokens channels"]:
+    """Each row's boxes (pixels of the segmenter's square, xyxy) as one sparse prompt for one mask.
+
+    Rows with fewer boxes are filled up with "not a point", which a row without boxes consists of.
+    """
+    rows = []
+    nothing = segmenter.prompt_encoder.not_a_point_embed.weight
+    for row in boxes:
+        tokens = nothing
+        if len(row):
+            tokens, _ = segmenter.prompt_encoder(
+                input_points=None, input_labels=None, input_boxes=row[None].to(nothing), input_masks=None
+            )
+            tokens = tokens.flatten(0, 2)
+        rows.append(tokens)
+    longest = max(map(len, rows))
+    filled = [torch.cat([tokens, nothing.expand(longest - len(tokens), -1)]) for tokens in rows]
+    return torch.stack(filled)[:, None]

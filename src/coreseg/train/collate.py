@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch.nn import functional
 from torch.utils.data import Dataset, Sampler
 
@@ -22,12 +23,16 @@ from coreseg.types import Answer, Sample
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one picture with its reference: boxes in the picture's own pixels."""
+    """One question about one picture with its reference: boxes in the picture's own pixels.
+
+    `picture` names the very pixels, where they will be seen again.
+    """
 
     image: UInt8[np.ndarray, "height width 3"]
     mask: Bool[np.ndarray, "height width"]
     question: str
     answer: Answer
+    picture: str | None = None
 
 
 class Examples(Dataset[Example]):
@@ -60,6 +65,11 @@ class Examples(Dataset[Example]):
         factors = self.config.source_weights or {}
         return np.array([factors.get(s, 1.0) * counts[s] ** -self.config.balance for s in sources])
 
+    @property
+    def lengths(self) -> Int[np.ndarray, " rows"]:
+        """What the length of a row's answer depends on most: its count of boxes."""
+        return np.array([len(sample.boxes) for _, sample in self.rows])
+
     def fixed(self, count: int, seed: int) -> list[Example]:
         """`count` rows in equal steps through the split, unchanged, each with its plain question: for validation."""
         examples: list[Example] = []
@@ -80,7 +90,12 @@ class Examples(Dataset[Example]):
         rng = np.random.default_rng((self.config.seed, number, draw))
         lesions, sample = self.rows[number]
         image, mask = lesions.image(sample), lesions.mask(sample)
-        if self.config.remeasure:
+        picture = None
+        if self.config.remeasure and self.config.versions:
+            version, name = int(rng.integers(self.config.versions)), crc32(sample.file_name.encode())
+            picture = f"{lesions.root / sample.file_name} {version}"
+            image, mask = _changed(image, mask, np.random.default_rng((self.config.seed, name, version)))
+        elif self.config.remeasure:
             image, mask = _changed(image, mask, rng)
         category, reasoning = sample.category, sample.reasoning
         question = ask(category, rng)
@@ -95,27 +110,45 @@ class Examples(Dataset[Example]):
             if elsewhere:
                 category, mask = elsewhere[int(rng.integers(len(elsewhere)))], np.zeros_like(mask)
                 question = ask(category, rng)
-        if self.config.remeasure or category != sample.category or attributes:
-            seed = int(rng.integers(2**31))
-            reasoning = describe(image, mask, sample.modality, sample.anatomy, category, seed)
-        return Example(image, mask, question, _answer(category, mask, reasoning if self.config.with_reasoning else ""))
+        if not self.config.with_reasoning:
+            reasoning = ""
+        elif self.config.remeasure or category != sample.category or attributes:
+            reasoning = describe(image, mask, sample.modality, sample.anatomy, category, int(rng.integers(2**31)))
+        answer = _answer(category, mask, reasoning)
+        return Example(image, mask, question, answer, picture)
 
 
 class Draws(Sampler[tuple[int, int]]):
-    """Which rows a run sees: (row, draw) pairs, each row as often as its weight says. They depend on the seed alone."""
+    """Which rows a run sees: (row, draw) pairs, each row as often as its weight says. They depend on the seed alone.
 
-    def __init__(self, weights: Float[np.ndarray, " rows"], count: int, seed: int) -> None:
+    Within eight steps at a time, rows of like `lengths` are put into one step: less of a batch is padding.
+    """
+
+    def __init__(
+        self,
+        weights: Float[np.ndarray, " rows"],
+        lengths: Int[np.ndarray, " rows"],
+        rows_a_step: int,
+        steps: int,
+        seed: int,
+    ) -> None:
         self.weights = torch.from_numpy(weights)
-        self.count = count
+        self.lengths = torch.from_numpy(lengths)
+        self.rows_a_step = rows_a_step
+        self.steps = steps
         self.seed = seed
 
     def __len__(self) -> int:
-        return self.count
+        return self.rows_a_step * self.steps
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed)
-        rows = torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
-        return zip(rows.tolist(), range(self.count), strict=True)
+        drawn = torch.multinomial(self.weights, len(self), replacement=True, generator=generator)
+        rows: list[int] = []
+        for window in drawn.split(8 * self.rows_a_step):
+            alike = window[torch.argsort(self.lengths[window], stable=True)].view(-1, self.rows_a_step)
+            rows += alike[torch.randperm(len(alike), generator=generator)].flatten().tolist()
+        return zip(rows, range(len(self)), strict=True)
 
 
 def stretch_mask(mask: Bool[np.ndarray, "height width"], side_px: int) -> Bool[torch.Tensor, "side side"]:

@@ -28,6 +28,7 @@ from coreseg.metrics import detect_score, dice
 from coreseg.model.assemble import freeze_all_but_heads, load_parts
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
+from coreseg.nano.vision import NanoVisionModel
 from coreseg.segmenter import Segmenter
 from coreseg.train.collate import Draws, Example, Examples, stretch_mask
 from coreseg.train.losses import dice_ce
@@ -120,7 +121,8 @@ class Collator:
         batch = self.processor(
             [e.image for e in examples], [e.question for e in examples], [e.answer for e in examples]
         )
-        return {"batch": batch, "masks": torch.stack([self.reference(e) for e in examples])}
+        masks = torch.stack([self.reference(e) for e in examples])
+        return {"batch": batch, "masks": masks, "pictures": [e.picture for e in examples]}
 
     def reference(self, example: Example) -> Float[torch.Tensor, "side side"]:
         """The mask in the segmenter's square."""
@@ -148,6 +150,7 @@ class SftTrainer(Trainer):
         # The loss is a mean over its own rows, so that Trainer has to divide by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.parts: dict[str, float] = {}
+        self.kept_looks: dict[str, Float[torch.Tensor, "channels rows columns"]] = {}
 
     def compute_loss(
         self,
@@ -162,8 +165,9 @@ class SftTrainer(Trainer):
         output = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            reasoner_inputs=batch.reasoner_inputs,
+            reasoner_inputs=self._looked(model, batch.reasoner_inputs, inputs["pictures"]),
             segmenter_pixels=batch.segmenter_pixels if wants_mask else None,
+            segmenter_boxes=batch.segmenter_boxes,
         )
         text = text_loss(output.logits, batch)
         loss = self.settings.text_weight * text
@@ -180,6 +184,21 @@ class SftTrainer(Trainer):
         if "loss" in logs:
             logs.update({name: round(value, 4) for name, value in self.parts.items()})
         super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def _looked(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], pictures: Sequence[str | None]
+    ) -> dict[str, torch.Tensor]:
+        """The reasoner's inputs, pixels replaced by what nano's tower saw in the same picture before."""
+        tower = next((part for part in model.modules() if isinstance(part, NanoVisionModel)), None)
+        if tower is None or None in pictures:
+            return inputs
+        pixels, names = inputs["pixel_values"], cast(list[str], pictures)
+        new = [row for row, name in enumerate(names) if name not in self.kept_looks]
+        if new:
+            maps = tower.coarse_map(pixels[new]).half().cpu()
+            self.kept_looks.update(zip((names[row] for row in new), maps, strict=True))
+        return inputs | {"pixel_values": torch.stack([self.kept_looks[name] for name in names]).to(pixels)}
 
     def _keep(self, name: str, value: torch.Tensor) -> None:
         old = self.parts.get(name, value.item())
@@ -205,7 +224,7 @@ class SftTrainer(Trainer):
         """The whole run's draws, those of every process together."""
         rows_a_step = self.settings.batch_size * self.settings.accumulation * self.args.world_size
         examples = cast(Examples, self.train_dataset)
-        return Draws(examples.weights, rows_a_step * self.settings.steps, self.settings.seed)
+        return Draws(examples.weights, examples.lengths, rows_a_step, self.settings.steps, self.settings.seed)
 
 
 def training_arguments(config: SftConfig) -> TrainingArguments:
