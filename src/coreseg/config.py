@@ -28,6 +28,7 @@ class SftConfig:
     head_learning_rate: of the adapter and the mask decoder.
     lora_rank, lora_alpha: LoRA on every linear layer of the language model; 0 trains the language model itself.
     text_weight, mask_weight: of the two losses; a mask weight of 0 leaves adapter and segmenter alone.
+    box_weight: how much a token of a box's numbers weighs in the text loss, beside 1 for every other token.
     train_decoder: whether the mask decoder trains beside the adapter.
     remeasure: change pictures at random and measure boxes and reasoning again on what came out. Only for reasoning by
     the measured describer; text by a teacher would no longer fit its picture.
@@ -60,6 +61,7 @@ class SftConfig:
     lora_alpha: int = 32
     text_weight: float = 1.0
     mask_weight: float = 1.0
+    box_weight: float = 1.0
     train_decoder: bool = True
     remeasure: bool = False
     versions: int = 0
@@ -80,7 +82,7 @@ class SftConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "eval_every", "save_every", "overlay_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("learning_rate", "head_learning_rate", "lora_alpha"):
+        for name in ("learning_rate", "head_learning_rate", "lora_alpha", "box_weight"):
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a number above 0")
         for name in (
             "text_weight", "mask_weight", "lora_rank", "warmup_steps", "weight_decay", "max_grad_norm", "balance",

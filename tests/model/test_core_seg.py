@@ -81,6 +81,7 @@ def with_completion(segmenter: Segmenter, batch: Batch, completions: list[list[i
         input_ids=torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
         attention_mask=torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
         labels=torch.zeros((len(rows), longest), dtype=torch.long),
+        of_boxes=torch.zeros((len(rows), longest), dtype=torch.bool),
         reasoner_inputs=inputs,
         segmenter_pixels=batch.segmenter_pixels,
         frames_wh=batch.frames_wh,

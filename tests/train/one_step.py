@@ -15,7 +15,7 @@ from coreseg.train.sft import Collator, SftTrainer, prepare, training_arguments
 
 if __name__ == "__main__":
     model_path, data, out, rows = sys.argv[1:]
-    torch.optim.AdamW = torch.optim.SGD  # type: ignore[misc, assignment]
+    torch.optim.AdamW = lambda groups, betas, weight_decay: torch.optim.SGD(groups)  # type: ignore[misc, assignment]
     config = SftConfig(
         model=model_path, data=(data,), out=out, steps=1, batch_size=int(rows), warmup_steps=0, lora_rank=0,
         learning_rate=1.0, head_learning_rate=1.0, eval_samples=0, save_every=100,

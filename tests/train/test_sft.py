@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,8 @@ from coreseg.model.processor import CoreSegProcessor
 from coreseg.nano.vision import NanoVisionModel
 from coreseg.segmenter import Segmenter
 from coreseg.train.collate import Examples
-from coreseg.train.sft import Collator, SftTrainer, prepare, save_checkpoint, train_sft, training_arguments
+from coreseg.train.sft import Collator, SftTrainer, prepare, save_checkpoint, text_loss, train_sft, training_arguments
+from coreseg.types import Answer
 
 
 def settings(model: Path, data: Path, out: Path, **changes: Any) -> SftConfig:
@@ -87,12 +89,16 @@ def test_a_merged_checkpoint_answers_as_the_trained_model(qwen: Path, phantoms: 
     torch.testing.assert_close(theirs.mask_logits, ours.mask_logits, atol=1e-4, rtol=1e-4)
 
 
+def _plain_descent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, betas, weight_decay: torch.optim.SGD(groups))
+
+
 def test_four_times_two_equals_eight(
     nano: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One optimiser step: the gradient may not depend on how a batch is cut."""
     # Adam's first step has the size of the learning rate whatever the gradient's; plain descent shows the gradient.
-    monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)
+    _plain_descent(monkeypatch)
     plain: dict[str, Any] = {"steps": 1, "learning_rate": 1.0, "head_learning_rate": 1.0}
     _, whole, _ = trained(settings(nano, phantoms, tmp_path / "a", batch_size=8, **plain))
     _, cut, _ = trained(settings(nano, phantoms, tmp_path / "b", batch_size=2, accumulation=4, **plain))
@@ -137,7 +143,7 @@ def test_two_processes_equal_one(nano: Path, phantoms: Path, tmp_path: Path) -> 
 def test_looks_that_are_kept_train_as_pixels_do(
     nano: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)
+    _plain_descent(monkeypatch)
     config = settings(nano, phantoms, tmp_path / "a", remeasure=True, versions=1, steps=6, batch_size=6)
     towers: list[int] = []
     stock = NanoVisionModel.coarse_map
@@ -152,6 +158,31 @@ def test_looks_that_are_kept_train_as_pixels_do(
     assert sum(towers) == pictures + 36
     for (name, one), (_, other) in zip(kept.named_parameters(), fresh.named_parameters(), strict=True):
         torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_numbers_weigh_what_the_setting_says(nano: Path) -> None:
+    processor = CoreSegProcessor.from_pretrained(nano)
+    answers = [Answer("cyst", ((1, 2, 9, 8), (3, 4, 9, 9)), "Two of 10.", True), Answer("cyst", (), "None.", False)]
+    batch = processor([np.zeros((64, 72, 3), np.uint8)] * 2, ["Where?"] * 2, answers)
+    marked = processor.tokenizer.batch_decode([row[of] for row, of in zip(batch.labels, batch.of_boxes, strict=True)])
+    frame = processor.boxes_to_frame(answers[0].boxes, (72, 64), batch.frames_wh[0])
+    assert "".join(marked[0].split()) == "".join(str(edge) for box in frame for edge in box) and marked[1] == ""
+    logits = torch.randn((*batch.labels.shape, 300), generator=torch.Generator().manual_seed(0))
+    logits = torch.nn.functional.pad(logits, (0, int(batch.labels.max())))
+    losses = [text_loss(logits, batch, weight) for weight in (1.0, 3.0)]
+    by_hand = []
+    for weight in (1.0, 3.0):
+        rows = []
+        for row in range(2):
+            pairs = [
+                (-logits[row, place - 1].log_softmax(-1)[label], weight if batch.of_boxes[row, place] else 1.0)
+                for place, label in enumerate(batch.labels[row])
+                if label != -100
+            ]
+            rows.append(sum(loss * w for loss, w in pairs) / sum(w for _, w in pairs))
+        by_hand.append(torch.stack(rows).mean())
+    torch.testing.assert_close(torch.stack(losses), torch.stack(by_hand))
+    assert losses[0] != losses[1]
 
 
 def weights_after(config: SftConfig) -> dict[str, torch.Tensor]:

@@ -34,13 +34,14 @@ _QUESTION_MARK = "QUESTION-GOES-HERE"
 class Batch:
     """Model inputs of several rows, padded on the left.
 
-    `labels` are the answer's ids and IGNORED elsewhere; `frames_wh` the size at which the reasoner saw each picture;
+    `labels` are the answer's ids and IGNORED elsewhere; `of_boxes` marks those that are a box's numbers; `frames_wh` the size at which the reasoner saw each picture;
     `segmenter_boxes` the answers' boxes in the segmenter's square, none in a prompt.
     """
 
     input_ids: Int[torch.Tensor, "batch tokens"]
     attention_mask: Int[torch.Tensor, "batch tokens"]
     labels: Int[torch.Tensor, "batch tokens"]
+    of_boxes: Bool[torch.Tensor, "batch tokens"]
     reasoner_inputs: dict[str, torch.Tensor]
     segmenter_pixels: Float[torch.Tensor, "batch 3 side side"]
     frames_wh: list[tuple[int, int]]
@@ -88,15 +89,17 @@ class CoreSegProcessor:
     ) -> Batch:
         """Prompts for generation or, with `answers` (boxes in each image's own pixels), whole rows for training."""
         prompts = [self._prompt(image, question) for image, question in zip(images, questions, strict=True)]
-        rows, labels = [], []
+        rows, labels, of_boxes = [], [], []
         for number, prompt in enumerate(prompts):
-            reply = []
+            parts: list[tuple[int, bool]] = []
             if answers is not None:
                 height, width = images[number].shape[:2]
                 boxes = self.boxes_to_frame(answers[number].boxes, (width, height), prompt.frame_wh)
-                reply = self.encode_answer(replace_boxes(answers[number], boxes))
+                parts = self._answer_tokens(replace_boxes(answers[number], boxes))
+            reply = [token for token, _ in parts]
             rows.append(prompt.ids + reply)
             labels.append([IGNORED] * len(prompt.ids) + reply)
+            of_boxes.append([False] * len(prompt.ids) + [is_number for _, is_number in parts])
         longest = max(map(len, rows))
         extra = {key: torch.cat([p.inputs[key] for p in prompts]) for key in prompts[0].inputs}
         if prompts[0].token_types is not None:
@@ -110,6 +113,7 @@ class CoreSegProcessor:
             input_ids=torch.tensor([_pad_left(row, longest, self.tokenizer.pad_token_id) for row in rows]),
             attention_mask=torch.tensor([_pad_left([1] * len(row), longest, 0) for row in rows]),
             labels=torch.tensor([_pad_left(row, longest, IGNORED) for row in labels]),
+            of_boxes=torch.tensor([_pad_left(row, longest, False) for row in of_boxes]),
             reasoner_inputs=extra,
             segmenter_pixels=torch.cat([self.segmenter_pixels(image) for image in images]),
             frames_wh=[prompt.frame_wh for prompt in prompts],
@@ -121,7 +125,16 @@ class CoreSegProcessor:
 
     def encode_answer(self, answer: Answer) -> list[int]:
         """Token ids of an answer whose boxes are in the reasoner's frame, with the end of text."""
-        return [*encode(self.tokenizer, pieces(answer)), self.tokenizer.eos_token_id]
+        return [token for token, _ in self._answer_tokens(answer)]
+
+    def _answer_tokens(self, answer: Answer) -> list[tuple[int, bool]]:
+        """The ids of `encode_answer`, each with whether it belongs to a box's number."""
+        tokens = [
+            (token, piece.text.isdigit() and not piece.free)
+            for piece in pieces(answer)
+            for token in encode(self.tokenizer, [piece])
+        ]
+        return [*tokens, (self.tokenizer.eos_token_id, False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The raw text of a completion, `<seg>` included."""

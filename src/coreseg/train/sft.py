@@ -129,8 +129,10 @@ class Collator:
         return stretch_mask(example.mask, self.processor.config.segmenter_size_px).float()
 
 
-def text_loss(logits: Float[torch.Tensor, "batch tokens vocabulary"], batch: Batch) -> Float[torch.Tensor, ""]:
-    """Cross-entropy, averaged over each row's answer tokens and then over the rows.
+def text_loss(
+    logits: Float[torch.Tensor, "batch tokens vocabulary"], batch: Batch, box_weight: float = 1.0
+) -> Float[torch.Tensor, ""]:
+    """Cross-entropy, averaged over each row's answer tokens and then over the rows; a box's numbers weigh `box_weight`.
 
     By rows, so that the gradient does not depend on how a batch is cut into micro-batches or over processes.
     """
@@ -138,7 +140,8 @@ def text_loss(logits: Float[torch.Tensor, "batch tokens vocabulary"], batch: Bat
     each = functional.cross_entropy(
         logits[:, :-1].transpose(1, 2).float(), targets, ignore_index=IGNORED, reduction="none"
     )
-    return (each.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)).mean()
+    weights = torch.where(batch.of_boxes[:, 1:], box_weight, 1.0) * (targets != IGNORED)
+    return ((each * weights).sum(1) / weights.sum(1).clamp(min=1.0)).mean()
 
 
 class SftTrainer(Trainer):
@@ -169,7 +172,7 @@ class SftTrainer(Trainer):
             segmenter_pixels=batch.segmenter_pixels if wants_mask else None,
             segmenter_boxes=batch.segmenter_boxes,
         )
-        text = text_loss(output.logits, batch)
+        text = text_loss(output.logits, batch, self.settings.box_weight)
         loss = self.settings.text_weight * text
         self._keep("text_loss", text)
         if wants_mask and output.with_mask.any():
@@ -216,7 +219,9 @@ class SftTrainer(Trainer):
                 {"params": heads, "lr": self.settings.head_learning_rate},
             ]
             self.optimizer = torch.optim.AdamW(
-                [group for group in groups if group["params"]], weight_decay=self.settings.weight_decay
+                [group for group in groups if group["params"]],
+                betas=(0.9, 0.95),
+                weight_decay=self.settings.weight_decay,
             )
         return self.optimizer
 
