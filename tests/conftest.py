@@ -29,10 +29,10 @@ def bright_segmenter(monkeypatch: pytest.MonkeyPatch) -> Any:
     It finds whatever is brighter than 200; where a question says "mumble", its answer is malformed. `loaded` keeps
     what it was asked to load.
     """
-    from coreseg.answer import answer_sentence, render
+    from coreseg.answer import answer_sentence, check_question, render
     from coreseg.imaging import read_image
     from coreseg.masks import mask_to_boxes
-    from coreseg.segmenter import Segmenter, check_question
+    from coreseg.segmenter import Segmenter
     from coreseg.types import Answer, Result
 
     class BrightSegmenter(Segmenter):

@@ -129,6 +129,12 @@ def test_a_folder_and_names_that_are_taken(bright_segmenter: Any, scans: Path) -
     }
 
 
+def test_a_second_run_over_its_own_output_takes_the_same_pictures(bright_segmenter: Any, scans: Path) -> None:
+    for _ in range(2):
+        done = run("segment", scans, QUESTION, "--out", scans)
+        assert done.stdout.count("It is bright.") == 3
+
+
 def test_json_is_one_record_a_line(bright_segmenter: Any, scans: Path) -> None:
     done = run("segment", scans / "b.PNG", scans / "a.png", QUESTION, "--json")
     assert (done.exit_code, done.stderr) == (0, "")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from coreseg.answer import render
+from coreseg.answer import MAX_QUESTION_CHARACTERS, check_question, render
 from coreseg.errors import InputError, ModelError
 from coreseg.model.core_seg import CoreSeg, Generation
 from coreseg.model.processor import Batch, CoreSegProcessor
-from coreseg.segmenter import MAX_QUESTION_CHARACTERS, Segmenter, check_question
+from coreseg.segmenter import Segmenter
 from coreseg.types import Answer
 
 FRAME_PX = 64

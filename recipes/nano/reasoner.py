@@ -122,11 +122,12 @@ def write_numbers(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTok
     deviation of all the others.
     """
     table = model.get_input_embeddings().weight
+    spread = model.config.text_config.initializer_range
     frequencies = torch.pi * 2.0 ** torch.linspace(0, 7, table.shape[1] // 2)
     for number in range(FRAME_PX + 1):
         phases = number / FRAME_PX * frequencies
-        waves = torch.cat([phases.sin(), phases.cos()])
-        table[tokenizer.convert_tokens_to_ids(str(number))] = 2**0.5 * model.config.text_config.initializer_range * waves
+        row = tokenizer.convert_tokens_to_ids(str(number))
+        table[row] = 2**0.5 * spread * torch.cat([phases.sin(), phases.cos()])
 
 
 def trainable(model: torch.nn.Module) -> int:

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from jaxtyping import Int
 
-from coreseg.errors import ModelError
+from coreseg.errors import InputError, ModelError
 from coreseg.types import Answer, Box
 
 SEG_TOKEN: Final = "<seg>"
@@ -29,6 +29,8 @@ MAX_BOXES: Final = 8
 INSTRUCTION: Final = "Describe the picture first, then give the boxes and the mask."
 """What follows every question in the prompt. Our choice."""
 
+MAX_QUESTION_CHARACTERS: Final = 2_000
+
 _FORM = re.compile(
     r"<think> (?P<reasoning>(?:(?!</?think>|</?answer>|<seg>).)*?) ?</think><answer> "
     r"(?:The (?P<category>[^<>\[\]]+?) (?:is|are) located at (?P<boxes>\[\[[0-9, \[\]]+\]\])\. The mask is <seg>\."
@@ -36,6 +38,16 @@ _FORM = re.compile(
     re.DOTALL,
 )
 _BOX = re.compile(r"\[([0-9]{1,6}), ([0-9]{1,6}), ([0-9]{1,6}), ([0-9]{1,6})\]")
+
+
+def check_question(question: str) -> None:
+    """Raises InputError for a question that is empty or too long."""
+    if not question.strip():
+        raise InputError("the question is empty; expected something like 'Where is the foot ulcer?'")
+    if len(question) > MAX_QUESTION_CHARACTERS:
+        raise InputError(
+            f"the question has {len(question):,} characters; expected at most {MAX_QUESTION_CHARACTERS:,}: shorten it"
+        )
 
 
 @dataclass(frozen=True)

@@ -86,12 +86,14 @@ def segment(
         raise InputError(f"the question is missing: the last word, {question}, is a file or folder. {_SEGMENT_USAGE}")
     if not sources:
         raise InputError(f"a picture is missing: got only {question!r}. {_SEGMENT_USAGE}")
+    from coreseg.answer import check_question
+
+    check_question(question)
     pictures = _pictures(map(Path, sources))
     _quiet_transformers()
     from coreseg.outputs import write_result
-    from coreseg.segmenter import Segmenter, check_question
+    from coreseg.segmenter import Segmenter
 
-    check_question(question)
     segmenter = Segmenter.from_pretrained(model, device, dtype)
     failed = 0
     for picture, name in _with_progress(_named(pictures), as_json):
@@ -115,7 +117,9 @@ _SEGMENT_USAGE = 'Expected pictures first, then the question in quotes: coreseg 
 
 
 def _pictures(sources: Iterable[Path]) -> list[Path]:
-    """Files as named, and every picture directly inside the folders named."""
+    """Files as named, and every picture directly inside the folders named, but for what this command wrote there."""
+    from coreseg.outputs import OUR_ENDINGS
+
     pictures = []
     for source in sources:
         if not source.exists():
@@ -124,7 +128,7 @@ def _pictures(sources: Iterable[Path]) -> list[Path]:
             pictures.append(source)
             continue
         inside = [path for path in sorted(source.iterdir()) if path.suffix.lower() in PICTURES and path.is_file()]
-        inside = [path for path in inside if not path.name.startswith(".")]
+        inside = [path for path in inside if not path.name.startswith(".") and not path.stem.endswith(OUR_ENDINGS)]
         if not inside:
             endings = ", ".join(sorted(PICTURES))
             raise InputError(f"{source}: no pictures in this folder; expected files ending in {endings}")
@@ -209,6 +213,7 @@ def evaluate(
     from coreseg.data.store import LesionSet
     from coreseg.evaluate.baselines import BlindBaseline
     from coreseg.evaluate.report import evaluate_and_report, print_table, summary
+    from coreseg.evaluate.run import Evaluation
     from coreseg.evaluate.run import evaluate as run
 
     lesions = LesionSet.open(dataset)
@@ -222,6 +227,7 @@ def evaluate(
         "progress": not as_json and sys.stderr.isatty(),
     }
     console = None if as_json else Console()
+    others: list[Evaluation] = []
     if model == "blind":
         done = run(lesions, BlindBaseline.fit(lesions), **options)
         if console:
@@ -232,9 +238,9 @@ def evaluate(
 
         predictor = ModelPredictor.load(model, device, dtype, constrained=not free)
         beside = [QuestionBlind.of(predictor)] if question_blind else []
-        done = evaluate_and_report(lesions, predictor, console=console, baselines=beside, **options)
+        done, others = evaluate_and_report(lesions, predictor, console=console, baselines=beside, **options)
     if as_json:
-        typer.echo(json.dumps(summary(done, []), indent=1))
+        typer.echo(json.dumps(summary(done, others), indent=1))
 
 
 @app.command()

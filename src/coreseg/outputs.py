@@ -8,6 +8,8 @@ from coreseg.imaging import write_mask
 from coreseg.types import Result
 
 SCHEMA_VERSION = 1
+OUR_ENDINGS = (".mask", ".overlay")
+"""How the names of our pictures end, before `.png`: a folder's pictures do not include them."""
 
 
 def write_result(result: Result, folder: Path, name: str, *, image: str, question: str, model: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from coreseg.answer import answer_sentence
+from coreseg.answer import answer_sentence, check_question
 from coreseg.errors import InputError
 from coreseg.imaging import read_image
 from coreseg.model.assemble import DTYPES, EMBEDDED, load_parts
@@ -18,7 +18,6 @@ from coreseg.model.processor import CoreSegProcessor
 from coreseg.types import Result
 
 Source = str | Path | np.ndarray | Image.Image
-MAX_QUESTION_CHARACTERS = 2_000
 
 
 class Segmenter:
@@ -121,14 +120,4 @@ class Segmenter:
             valid=answer is not None,
             seconds=seconds,
             image=picture,
-        )
-
-
-def check_question(question: str) -> None:
-    """Raises InputError for a question that is empty or too long."""
-    if not question.strip():
-        raise InputError("the question is empty; expected something like 'Where is the foot ulcer?'")
-    if len(question) > MAX_QUESTION_CHARACTERS:
-        raise InputError(
-            f"the question has {len(question):,} characters; expected at most {MAX_QUESTION_CHARACTERS:,}: shorten it"
         )

@@ -88,7 +88,7 @@ def test_summary_is_plain_json(lesion_set: LesionSet, oracle: Any, tmp_path: Pat
 
 def test_one_call_evaluates_prints_and_writes(lesion_set: LesionSet, oracle: Any, tmp_path: Path) -> None:
     console = page()
-    evaluation = evaluate_and_report(lesion_set, oracle, out=tmp_path, console=console, progress=False)
+    evaluation, _ = evaluate_and_report(lesion_set, oracle, out=tmp_path, console=console, progress=False)
     assert evaluation.summary["pooled"]["dice"]["mean"] == 100.0
     assert "blind" in text_of(console)
     assert {path.name for path in tmp_path.iterdir()} >= {"records.jsonl", "summary.json", "blind"}

@@ -56,12 +56,13 @@ def evaluate_and_report(
     console: Console | None = None,
     baselines: Sequence[Predictor] = (),
     **options: Any,
-) -> Evaluation:
+) -> tuple[Evaluation, list[Evaluation]]:
     """`evaluate` the predictor and, beside it, the blind guess of the training split and any further `baselines`.
 
     Prints the tables to `console`, where one is given. With `out`, writes there `records.jsonl` and `summary.json`,
     and each baseline's records in a folder of its name. `options` are those of `evaluate`. The blind guess is left
-    out where the set has no lesion in a split "train". Returns the predictor's evaluation; raises as `evaluate`.
+    out where the set has no lesion in a split "train". Returns both the predictor's evaluation and the baselines';
+    raises as `evaluate`.
     """
     has_train = any(sample.boxes for sample in lesion_set.split("train"))
     others = [*([BlindBaseline.fit(lesion_set)] if has_train else []), *baselines]
@@ -71,7 +72,7 @@ def evaluate_and_report(
         print_table(evaluation, beside, console)
     if out:
         write_summary(out / "summary.json", evaluation, beside)
-    return evaluation
+    return evaluation, beside
 
 
 def write_summary(path: Path, evaluation: Evaluation, baselines: Sequence[Evaluation] = ()) -> None:

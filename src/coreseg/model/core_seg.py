@@ -188,8 +188,9 @@ class CoreSeg(PreTrainedModel):
     ) -> TrainingOutput:
         """One teacher-forced pass over prompt and answer.
 
-        `segmenter_boxes` are the answers' boxes for `decode`. `reasoner_inputs` are the picture's own inputs of the reasoner (pixel values, grids…). The segmenter's picture
-        comes as pixels or as the image encoder's maps, cached; without either no mask is decoded.
+        `reasoner_inputs` are the picture's own inputs of the reasoner (pixel values, grids…). The segmenter's picture
+        comes as pixels or as the image encoder's maps, cached; without either no mask is decoded. `segmenter_boxes`
+        are the answers' boxes, for `decode`.
         """
         with _last_hidden_states(self.reasoner) as seen:
             logits = self.reasoner(input_ids=input_ids, attention_mask=attention_mask, **reasoner_inputs).logits

@@ -34,8 +34,9 @@ _QUESTION_MARK = "QUESTION-GOES-HERE"
 class Batch:
     """Model inputs of several rows, padded on the left.
 
-    `labels` are the answer's ids and IGNORED elsewhere; `of_boxes` marks those that are a box's numbers; `frames_wh` the size at which the reasoner saw each picture;
-    `segmenter_boxes` the answers' boxes in the segmenter's square, none in a prompt.
+    `labels` are the answer's ids and IGNORED elsewhere; `of_boxes` marks those that are a box's numbers. `frames_wh`
+    is the size at which the reasoner saw each picture; `segmenter_boxes` are the answers' boxes in the segmenter's
+    square, none in a prompt.
     """
 
     input_ids: Int[torch.Tensor, "batch tokens"]
@@ -156,9 +157,7 @@ class CoreSegProcessor:
             for answer, frame in zip(answers, frames_wh, strict=True)
         ]
 
-    def _to_segmenter(
-        self, boxes: Sequence[tuple[int, ...]], from_wh: tuple[int, int]
-    ) -> Float[torch.Tensor, "_ 4"]:
+    def _to_segmenter(self, boxes: Sequence[tuple[int, ...]], from_wh: tuple[int, int]) -> Float[torch.Tensor, "_ 4"]:
         scale = self.config.segmenter_size_px / torch.tensor([*from_wh, *from_wh])
         return torch.tensor(boxes).reshape(-1, 4) * scale
 
@@ -249,5 +248,5 @@ def replace_boxes(answer: Answer, boxes: Sequence[tuple[int, ...]]) -> Answer:
     return Answer(answer.category, tuple((b[0], b[1], b[2], b[3]) for b in boxes), answer.reasoning, answer.found)
 
 
-def _pad_left(ids: list[int], length: int, value: int) -> list[int]:
-    return [value] * (length - len(ids)) + ids
+def _pad_left(ids: Sequence[int], length: int, value: int) -> list[int]:
+    return [value] * (length - len(ids)) + [*ids]

@@ -145,7 +145,7 @@ class Draws(Sampler[tuple[int, int]]):
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.multinomial(self.weights, len(self), replacement=True, generator=generator)
         rows: list[int] = []
-        for window in drawn.split(8 * self.rows_a_step):
+        for window in torch.split(drawn, 8 * self.rows_a_step):
             alike = window[torch.argsort(self.lengths[window], stable=True)].view(-1, self.rows_a_step)
             rows += alike[torch.randperm(len(alike), generator=generator)].flatten().tolist()
         return zip(rows, range(len(self)), strict=True)
