@@ -306,3 +306,8 @@ def test_200_constrained_answers_to_hostile_questions_are_valid(qwen: Segmenter)
 @pytest.mark.slow
 def test_1000_constrained_answers_to_hostile_questions_are_valid(segmenter: Segmenter) -> None:
     assert invalid_of(segmenter, 1000) == []
+
+
+@pytest.mark.slow
+def test_1000_constrained_answers_of_the_embedded_nano_are_valid() -> None:
+    assert invalid_of(Segmenter.from_pretrained(device="cpu"), 1000) == []

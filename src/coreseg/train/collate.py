@@ -7,7 +7,7 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch.nn import functional
 from torch.utils.data import Dataset, Sampler
 
@@ -65,11 +65,6 @@ class Examples(Dataset[Example]):
         factors = self.config.source_weights or {}
         return np.array([factors.get(s, 1.0) * counts[s] ** -self.config.balance for s in sources])
 
-    @property
-    def lengths(self) -> Int[np.ndarray, " rows"]:
-        """What the length of a row's answer depends on most: its count of boxes."""
-        return np.array([len(sample.boxes) for _, sample in self.rows])
-
     def fixed(self, count: int, seed: int) -> list[Example]:
         """`count` rows in equal steps through the split, unchanged, each with its plain question: for validation."""
         examples: list[Example] = []
@@ -119,36 +114,20 @@ class Examples(Dataset[Example]):
 
 
 class Draws(Sampler[tuple[int, int]]):
-    """Which rows a run sees: (row, draw) pairs, each row as often as its weight says. They depend on the seed alone.
+    """Which rows a run sees: (row, draw) pairs, each row as often as its weight says. They depend on the seed alone."""
 
-    Within eight steps at a time, rows of like `lengths` are put into one step: less of a batch is padding.
-    """
-
-    def __init__(
-        self,
-        weights: Float[np.ndarray, " rows"],
-        lengths: Int[np.ndarray, " rows"],
-        rows_a_step: int,
-        steps: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, weights: Float[np.ndarray, " rows"], count: int, seed: int) -> None:
         self.weights = torch.from_numpy(weights)
-        self.lengths = torch.from_numpy(lengths)
-        self.rows_a_step = rows_a_step
-        self.steps = steps
+        self.count = count
         self.seed = seed
 
     def __len__(self) -> int:
-        return self.rows_a_step * self.steps
+        return self.count
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.multinomial(self.weights, len(self), replacement=True, generator=generator)
-        rows: list[int] = []
-        for window in torch.split(drawn, 8 * self.rows_a_step):
-            alike = window[torch.argsort(self.lengths[window], stable=True)].view(-1, self.rows_a_step)
-            rows += alike[torch.randperm(len(alike), generator=generator)].flatten().tolist()
-        return zip(rows, range(len(self)), strict=True)
+        rows = torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
+        return zip(rows.tolist(), range(self.count), strict=True)
 
 
 def stretch_mask(mask: Bool[np.ndarray, "height width"], side_px: int) -> Bool[torch.Tensor, "side side"]:

@@ -34,6 +34,8 @@ from coreseg.train.collate import Draws, Example, Examples, stretch_mask
 from coreseg.train.losses import dice_ce
 
 SETTINGS_FILE = "sft.toml"
+USUAL_TOKENS = 100
+"""About the length of an answer, so that the text loss has the size of a mean over tokens."""
 
 
 def train_sft(config: SftConfig) -> Path:
@@ -132,16 +134,18 @@ class Collator:
 def text_loss(
     logits: Float[torch.Tensor, "batch tokens vocabulary"], batch: Batch, box_weight: float = 1.0
 ) -> Float[torch.Tensor, ""]:
-    """Cross-entropy, averaged over each row's answer tokens and then over the rows; a box's numbers weigh `box_weight`.
+    """Cross-entropy summed over a row's answer tokens, over `USUAL_TOKENS`, averaged over the rows.
 
-    By rows, so that the gradient does not depend on how a batch is cut into micro-batches or over processes.
+    A box's numbers weigh `box_weight`. Our choice: neither the batch's count of tokens divides, so that the gradient
+    does not depend on how a batch is cut into micro-batches or over processes; nor the row's own, by which every word
+    of a short answer would weigh more, and absent lesions, whose answers are the shortest, would be called too often.
     """
     targets = batch.labels[:, 1:]
     each = functional.cross_entropy(
         logits[:, :-1].transpose(1, 2).float(), targets, ignore_index=IGNORED, reduction="none"
     )
-    weights = torch.where(batch.of_boxes[:, 1:], box_weight, 1.0) * (targets != IGNORED)
-    return ((each * weights).sum(1) / weights.sum(1).clamp(min=1.0)).mean()
+    weights = torch.where(batch.of_boxes[:, 1:], box_weight, 1.0)
+    return (each * weights).sum(1).mean() / USUAL_TOKENS
 
 
 class SftTrainer(Trainer):
@@ -229,7 +233,7 @@ class SftTrainer(Trainer):
         """The whole run's draws, those of every process together."""
         rows_a_step = self.settings.batch_size * self.settings.accumulation * self.args.world_size
         examples = cast(Examples, self.train_dataset)
-        return Draws(examples.weights, examples.lengths, rows_a_step, self.settings.steps, self.settings.seed)
+        return Draws(examples.weights, rows_a_step * self.settings.steps, self.settings.seed)
 
 
 def training_arguments(config: SftConfig) -> TrainingArguments:
