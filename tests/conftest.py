@@ -3,12 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
 # Before anything imports the package: from here on every call checks its shapes and types.
 install_import_hook("coreseg", "beartype.beartype")
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("coreseg", deadline=None)
+hypothesis.settings.load_profile("coreseg")
 
 REPO = Path(__file__).resolve().parent.parent
 

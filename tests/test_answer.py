@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -251,7 +251,6 @@ def test_training_text_lies_within_the_grammar(
     assert allowed.tolist() == [tokenizer.eos_token_id]
 
 
-@settings(deadline=None)
 @given(parts=PARTS)
 def test_pieces_join_to_the_same_text_in_tokens(tokenizer: PreTrainedTokenizerFast, parts: Any) -> None:
     answer = Answer(*parts, found=bool(parts[1]))

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coreseg.errors import InputError
@@ -84,7 +84,6 @@ def framed_boxes(draw: st.DrawFn) -> tuple[np.ndarray, tuple[int, int]]:
     return np.array([[x1, y1, x2, y2]]), (width, height)
 
 
-@settings(deadline=None)
 @given(framed_boxes(), sizes, sizes)
 def test_boxes_stay_inside_the_frame_and_keep_area(boxed: tuple[np.ndarray, tuple[int, int]], w: int, h: int) -> None:
     boxes, size_wh = boxed
@@ -93,7 +92,6 @@ def test_boxes_stay_inside_the_frame_and_keep_area(boxed: tuple[np.ndarray, tupl
     assert 0 <= y1 < y2 <= h
 
 
-@settings(deadline=None)
 @given(framed_boxes(), sizes, sizes)
 def test_there_and_back_is_exact_in_a_larger_frame_and_within_the_scale_in_a_smaller_one(
     boxed: tuple[np.ndarray, tuple[int, int]], w: int, h: int
@@ -140,7 +138,6 @@ def test_growing_repeats_pixels() -> None:
     assert np.array_equal(resize_mask(mask, (6, 15)), np.repeat(np.repeat(mask, 2, axis=0), 3, axis=1))
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10_000), st.tuples(st.integers(1, 60), st.integers(1, 60)))
 def test_area_is_kept_in_proportion(seed: int, size_hw: tuple[int, int]) -> None:
     rng = np.random.default_rng(seed)

@@ -3,6 +3,7 @@ import time
 import numpy as np
 import pytest
 
+from coreseg.masks import label_lesions
 from coreseg.statements import (
     _LEXICON,
     KINDS,
@@ -12,7 +13,6 @@ from coreseg.statements import (
     counted_px,
     find_all,
     holds,
-    label_lesions,
     measure,
     measure_all,
     word,

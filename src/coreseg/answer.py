@@ -20,11 +20,9 @@ import numpy as np
 from jaxtyping import Int
 
 from coreseg.errors import InputError, ModelError
-from coreseg.types import Answer, Box
+from coreseg.types import MAX_BOXES, Answer, Box
 
 SEG_TOKEN: Final = "<seg>"
-MAX_BOXES: Final = 8
-"""At most this many boxes are written or accepted. Our choice."""
 
 INSTRUCTION: Final = "Describe the picture first, then give the boxes and the mask."
 """What follows every question in the prompt. Our choice."""

@@ -9,13 +9,14 @@ from jaxtyping import Bool, Float, Int
 from scipy import ndimage, sparse
 
 from coreseg.errors import InputError
-from coreseg.types import Box
-
-MAX_BOXES = 8
-MIN_LESION_PX = 4
-MIN_LESION_SHARE = 0.0002
+from coreseg.types import MAX_BOXES, Box
 
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
+
+
+def smallest_lesion_px(image_px: int) -> float:
+    """Area from which a component counts as a lesion in an image of so many pixels. Our choice."""
+    return max(4.0, 0.0002 * image_px)
 
 
 def components(mask: Bool[np.ndarray, "height width"]) -> list[Bool[np.ndarray, "height width"]]:
@@ -26,6 +27,16 @@ def components(mask: Bool[np.ndarray, "height width"]) -> list[Bool[np.ndarray, 
     labels, count = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
     return [labels == index + 1 for index in np.argsort(-areas, kind="stable")]
+
+
+def label_lesions(
+    mask: Bool[np.ndarray, "height width"],
+) -> tuple[Int[np.ndarray, "height width"], Int[np.ndarray, " labels"]]:
+    """The 8-connected components as a picture of labels from 1, and their areas by label (0 for the background)."""
+    labels, _ = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
+    areas_px = np.bincount(labels.ravel())
+    areas_px[0] = 0
+    return labels, areas_px
 
 
 def tight_box(mask: Bool[np.ndarray, "height width"]) -> Box | None:
@@ -53,7 +64,7 @@ def mask_to_boxes(mask: Bool[np.ndarray, "height width"]) -> Int[np.ndarray, "le
     left, top, right, bottom = outer
     labels, count = ndimage.label(mask[top:bottom, left:right], structure=_EIGHT_NEIGHBOURS)
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    smallest_px = max(MIN_LESION_PX, MIN_LESION_SHARE * mask.size)
+    smallest_px = smallest_lesion_px(mask.size)
     largest_first = np.argsort(-areas, kind="stable")[:MAX_BOXES]
     kept = [index for rank, index in enumerate(largest_first) if rank == 0 or areas[index] >= smallest_px]
     slices = ndimage.find_objects(labels)

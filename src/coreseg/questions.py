@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from scipy import ndimage
 
-from coreseg.statements import counted_px, label_lesions, pick
+from coreseg.masks import label_lesions, smallest_lesion_px
+from coreseg.statements import pick
 
 _TEMPLATES = (
     "Segment the {one}.",
@@ -188,7 +189,7 @@ def attribute_questions(
     is the whole mask without that one, and where there are any nothing is asked about the smallest.
     """
     labels, areas_px = label_lesions(mask)
-    lesions = np.flatnonzero(areas_px >= counted_px(mask.size))
+    lesions = np.flatnonzero(areas_px >= smallest_lesion_px(mask.size))
     if not 2 <= len(lesions) <= 8:
         return []
     crumbs = len(lesions) < np.count_nonzero(areas_px)

@@ -22,6 +22,8 @@ from PIL import Image
 from scipy import ndimage
 from scipy.spatial import ConvexHull
 
+from coreseg.masks import label_lesions, smallest_lesion_px
+
 VALUES: Mapping[str, tuple[str, ...]] = {
     "side": ("left", "centre", "right", "both"),
     "place": ("upper", "middle", "lower", "spread"),
@@ -97,21 +99,6 @@ def accepted_all(
     return {kind: frozenset(values) for kind, values in _values(image, mask, slack=1.0).items() if values}
 
 
-def label_lesions(
-    mask: Bool[np.ndarray, "height width"],
-) -> tuple[Int[np.ndarray, "height width"], Int[np.ndarray, " labels"]]:
-    """The 8-connected components as a picture of labels from 1, and their areas by label (0 for the background)."""
-    labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
-    areas_px = np.bincount(labels.ravel())
-    areas_px[0] = 0
-    return labels, areas_px
-
-
-def counted_px(image_px: int) -> float:
-    """The area from which the box convention counts a component as a lesion, in a picture of that many pixels."""
-    return max(4.0, 0.0002 * image_px)
-
-
 def _values(
     image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray, "height width"], slack: float
 ) -> dict[str, list[str]]:
@@ -169,7 +156,7 @@ def _shapes(axis_ratio: float | None, solidity: float | None, slack: float) -> l
 def _features(image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray, "height width"]) -> _Features:
     """Everything the kinds need, in one pass; `mask` is not empty."""
     labels, areas_px = label_lesions(mask)
-    counted = areas_px >= counted_px(mask.size)
+    counted = areas_px >= smallest_lesion_px(mask.size)
     counted[areas_px.argmax()] = True
     lesions = counted[labels]
     left, right, x = _profile(lesions.sum(axis=0))

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import ndimage
 
 from coreseg.imaging import write_mask
-from coreseg.masks import mask_to_boxes
+from coreseg.masks import mask_to_boxes, smallest_lesion_px
 from coreseg.questions import ask
 from coreseg.types import Sample
 
@@ -249,8 +249,7 @@ def _place(
 
 def _smallest_radius_px(size_wh: tuple[int, int]) -> float:
     """Radius at which even the thinnest shape covers what the box convention counts as a lesion, with some to spare."""
-    counted_px = max(4.0, 0.0002 * size_wh[0] * size_wh[1])
-    return float(np.sqrt(1.5 * counted_px / (np.pi * _THINNEST)))
+    return float(np.sqrt(1.5 * smallest_lesion_px(size_wh[0] * size_wh[1]) / (np.pi * _THINNEST)))
 
 
 _THINNEST = 0.35

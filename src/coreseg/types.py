@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 Box = tuple[int, int, int, int]
 
+MAX_BOXES = 8
+"""At most this many boxes are measured, written or accepted for one question. Our choice."""
+
 
 @dataclass(frozen=True)
 class Sample:

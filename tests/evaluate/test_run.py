@@ -236,7 +236,7 @@ def made(**fields: Any) -> Record:
     return Record(**{**usual, **fields})
 
 
-@settings(max_examples=25, deadline=None)  # a summary holds some hundred bootstraps
+@settings(max_examples=25)  # a summary holds some hundred bootstraps
 @given(
     st.lists(
         st.tuples(st.sampled_from("abc"), st.sampled_from([0.0, 0.03, 0.5, 1.0]), st.booleans(), st.booleans()),
