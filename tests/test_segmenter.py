@@ -55,6 +55,8 @@ class FakeProcessor(CoreSegProcessor):
             labels=ids,
             reasoner_inputs={"pixel_values": torch.zeros(len(images), 3, 4, 4), "grid": torch.ones(len(images)).int()},
             segmenter_pixels=torch.zeros(len(images), 3, 4, 4),
+            of_boxes=torch.zeros((len(images), 1), dtype=torch.bool),
+            segmenter_boxes=[torch.zeros(0, 4)] * len(images),
             frames_wh=[(FRAME_PX, FRAME_PX)] * len(images),
         )
 

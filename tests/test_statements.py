@@ -3,14 +3,13 @@ import time
 import numpy as np
 import pytest
 
-from coreseg.masks import label_lesions
+from coreseg.masks import label_lesions, smallest_lesion_px
 from coreseg.statements import (
     _LEXICON,
     KINDS,
     VALUES,
     accepted,
     accepted_all,
-    counted_px,
     find_all,
     holds,
     measure,
@@ -314,4 +313,4 @@ def test_components_and_the_area_that_counts() -> None:
     labels, areas = label_lesions(mask)
     assert labels[0, 0] == labels[1, 1] != labels[8, 8]
     assert areas.tolist() == [0, 2, 1]
-    assert counted_px(100) == 4.0 and counted_px(10**6) == 200.0
+    assert smallest_lesion_px(100) == 4.0 and smallest_lesion_px(10**6) == 200.0

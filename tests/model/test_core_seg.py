@@ -250,7 +250,8 @@ def test_the_processor_reads_boxes_into_the_segmenters_square(nano: Segmenter, p
     expected = torch.tensor([[0.0, 0, side, side], [0, 0, side / 2, side]])
     torch.testing.assert_close(batch.segmenter_boxes[0], expected)
     written = batch.labels[0][batch.labels[0] != IGNORED].tolist()[:-1]
-    torch.testing.assert_close(nano.processor.read_boxes([written], batch.frames_wh)[0], expected)
+    read = nano.processor.read_boxes([written], batch.frames_wh)[0]
+    torch.testing.assert_close(read, expected, atol=1.0, rtol=0)  # written boxes are whole pixels of the frame
     assert nano.processor.read_boxes([written[:-3]], batch.frames_wh)[0].shape == (0, 4)
 
 
