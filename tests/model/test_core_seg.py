@@ -247,7 +247,7 @@ def test_the_processor_reads_boxes_into_the_segmenters_square(nano: Segmenter, p
     answer = Answer("cyst", ((0, 0, width, height), (0, 0, width // 2, height)), "Two.", found=True)
     batch = nano.processor(pictures[:1], ["Where?"], [answer])
     side = nano.processor.config.segmenter_size_px
-    expected = torch.tensor([[0.0, 0, side, side], [0, 0, side / 2, side]])
+    expected = torch.tensor([[0.0, 0, side, side], [0, 0, side * (width // 2) / width, side]])
     torch.testing.assert_close(batch.segmenter_boxes[0], expected)
     written = batch.labels[0][batch.labels[0] != IGNORED].tolist()[:-1]
     read = nano.processor.read_boxes([written], batch.frames_wh)[0]
