@@ -118,8 +118,7 @@ def build_reasoner(segmenter: EdgeTamModel, tokenizer: PreTrainedTokenizerFast) 
 def write_numbers(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
     """Start the tokens of numbers as waves over their value, so that near numbers look alike, in and out.
 
-    Our choice: a small model learns to place a box much sooner than from 257 unrelated tokens. The rows keep the
-    deviation of all the others.
+    Our choice, not yet compared with 257 unrelated rows. They keep the deviation of all the others.
     """
     table = model.get_input_embeddings().weight
     spread = model.config.text_config.initializer_range

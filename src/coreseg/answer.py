@@ -115,14 +115,16 @@ def _inside(box: Box, frame_wh: tuple[int, int] | None) -> bool:
 
 def encode(tokenizer: Any, parts: Sequence[Piece]) -> list[int]:
     """The token ids of the pieces, one after another; spelled-out markers in free text stay ordinary text."""
-    return [token for part in parts for token in _ids(tokenizer, part)]
+    return [token for part in parts for token in (_ids if part.free else _kept_ids)(tokenizer, part)]
 
 
-@lru_cache(maxsize=4096)
 def _ids(tokenizer: Any, part: Piece) -> list[int]:
-    """Kept, since every answer repeats the fixed parts and its numbers, and each call costs more than its work."""
     ids: list[int] = tokenizer(part.text, add_special_tokens=False, split_special_tokens=part.free)["input_ids"]
     return ids
+
+
+# Every answer repeats the fixed parts and its numbers, and a tokenizer's call costs more than its work.
+_kept_ids = lru_cache(maxsize=1024)(_ids)
 
 
 Allowed = Int[np.ndarray, " ids"]

@@ -34,14 +34,14 @@ class SftConfig:
     the measured describer; text by a teacher would no longer fit its picture.
     versions: how many changed versions of each picture `remeasure` makes; 0 makes a new one at every draw. With a few,
     what nano's frozen vision tower sees is computed once a version and kept in memory (64 KB each).
-    with_reasoning: whether answers hold reasoning; without it texts are short, and boxes are learned sooner.
+    with_reasoning: whether answers hold reasoning; without it texts are short, and boxes are most of them.
     attribute_share: share of questions about one of several lesions, where the picture allows.
     absent_share: share of questions about a category of another anatomy, answered by the absent form.
     balance: rows are drawn with weight 1 / (set size) ** balance; 0 draws rows evenly, 1 sets evenly.
     source_weights: a factor on that weight by source, for those that should come more or less often.
     warmup_steps: steps in which the learning rates rise; they fall by a cosine after.   weight_decay: of AdamW.
     max_grad_norm: gradients are clipped to this norm; 0 does not clip.
-    eval_every, save_every, overlay_every: in steps.          eval_samples: validation rows looked at each time.
+    eval_every, save_every: in steps.          eval_samples: validation rows looked at, and some drawn, each time.
     precision: fp32, bf16 or fp16.                            gradient_checkpointing: less memory for more time.
     workers: processes that load rows; 0 loads them in this one.                         seed: of every draw.
     """
@@ -73,14 +73,13 @@ class SftConfig:
     eval_every: int = 200
     eval_samples: int = 64
     save_every: int = 200
-    overlay_every: int = 200
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     workers: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "eval_every", "save_every", "overlay_every"):
+        for name in ("steps", "batch_size", "accumulation", "eval_every", "save_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("learning_rate", "head_learning_rate", "lora_alpha", "box_weight"):
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a number above 0")

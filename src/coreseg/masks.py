@@ -19,24 +19,23 @@ def smallest_lesion_px(image_px: int) -> float:
     return max(4.0, 0.0002 * image_px)
 
 
-def components(mask: Bool[np.ndarray, "height width"]) -> list[Bool[np.ndarray, "height width"]]:
-    """The 8-connected parts of a mask, each at the mask's own size, largest first; parts of one size in scan order.
-
-    An empty mask has none. Nothing is dropped here, however small.
-    """
-    labels, count = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
-    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    return [labels == index + 1 for index in np.argsort(-areas, kind="stable")]
-
-
 def label_lesions(
     mask: Bool[np.ndarray, "height width"],
 ) -> tuple[Int[np.ndarray, "height width"], Int[np.ndarray, " labels"]]:
     """The 8-connected components as a picture of labels from 1, and their areas by label (0 for the background)."""
     labels, _ = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
-    areas_px = np.bincount(labels.ravel())
+    areas_px = np.bincount(labels.ravel(), minlength=1)
     areas_px[0] = 0
     return labels, areas_px
+
+
+def components(mask: Bool[np.ndarray, "height width"]) -> list[Bool[np.ndarray, "height width"]]:
+    """The 8-connected parts of a mask, each at the mask's own size, largest first; parts of one size in scan order.
+
+    An empty mask has none. Nothing is dropped here, however small.
+    """
+    labels, areas_px = label_lesions(mask)
+    return [labels == index + 1 for index in np.argsort(-areas_px[1:], kind="stable")]
 
 
 def tight_box(mask: Bool[np.ndarray, "height width"]) -> Box | None:
@@ -62,8 +61,8 @@ def mask_to_boxes(mask: Bool[np.ndarray, "height width"]) -> Int[np.ndarray, "le
         return np.zeros((0, 4), dtype=np.int64)
     # A lesion fills a small part of a large picture: labelling only its surroundings saves most of the time.
     left, top, right, bottom = outer
-    labels, count = ndimage.label(mask[top:bottom, left:right], structure=_EIGHT_NEIGHBOURS)
-    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    labels, areas_px = label_lesions(mask[top:bottom, left:right])
+    areas = areas_px[1:]
     smallest_px = smallest_lesion_px(mask.size)
     largest_first = np.argsort(-areas, kind="stable")[:MAX_BOXES]
     kept = [index for rank, index in enumerate(largest_first) if rank == 0 or areas[index] >= smallest_px]
@@ -73,6 +72,11 @@ def mask_to_boxes(mask: Bool[np.ndarray, "height width"]) -> Int[np.ndarray, "le
         for rows, columns in (slices[index] for index in kept)
     ]
     return np.array(sorted(corners, key=lambda box: (box[1], box[0], box[3], box[2])), dtype=np.int64)
+
+
+def box_tuples(boxes: Int[np.ndarray, "lesions 4"]) -> tuple[Box, ...]:
+    """The boxes as samples and answers hold them."""
+    return tuple((int(x1), int(y1), int(x2), int(y2)) for x1, y1, x2, y2 in boxes)
 
 
 def map_boxes(

@@ -14,6 +14,7 @@ from scipy import ndimage
 
 from coreseg.masks import label_lesions, smallest_lesion_px
 from coreseg.statements import pick
+from coreseg.types import MAX_BOXES
 
 _TEMPLATES = (
     "Segment the {one}.",
@@ -190,7 +191,7 @@ def attribute_questions(
     """
     labels, areas_px = label_lesions(mask)
     lesions = np.flatnonzero(areas_px >= smallest_lesion_px(mask.size))
-    if not 2 <= len(lesions) <= 8:
+    if not 2 <= len(lesions) <= MAX_BOXES:
         return []
     crumbs = len(lesions) < np.count_nonzero(areas_px)
     questions = []

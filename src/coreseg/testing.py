@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import ndimage
 
 from coreseg.imaging import write_mask
-from coreseg.masks import mask_to_boxes, smallest_lesion_px
+from coreseg.masks import box_tuples, mask_to_boxes, smallest_lesion_px
 from coreseg.questions import ask
 from coreseg.types import Sample
 
@@ -358,7 +358,7 @@ def _row(
         modality=shown.modality,
         anatomy=shown.anatomy,
         category=category,
-        boxes=tuple((int(x1), int(y1), int(x2), int(y2)) for x1, y1, x2, y2 in mask_to_boxes(mask)),
+        boxes=box_tuples(mask_to_boxes(mask)),
         query=ask(category, rng),
         reasoning=describe(shown.image, mask, shown.modality, shown.anatomy, category, int(rng.integers(2**32))),
         source=f"phantom_{shown.look}",

@@ -88,9 +88,9 @@ def test_summary_is_plain_json(lesion_set: LesionSet, oracle: Any, tmp_path: Pat
 
 def test_one_call_evaluates_prints_and_writes(lesion_set: LesionSet, oracle: Any, tmp_path: Path) -> None:
     console = page()
-    evaluation, _ = evaluate_and_report(lesion_set, oracle, out=tmp_path, console=console, progress=False)
+    evaluation, beside = evaluate_and_report(lesion_set, oracle, out=tmp_path, console=console, progress=False)
     assert evaluation.summary["pooled"]["dice"]["mean"] == 100.0
-    assert "blind" in text_of(console)
+    assert "blind" in text_of(console) and [each.name for each in beside] == ["blind"]
     assert {path.name for path in tmp_path.iterdir()} >= {"records.jsonl", "summary.json", "blind"}
     assert len((tmp_path / "blind" / "records.jsonl").read_text().splitlines()) == 6
     assert set(json.loads((tmp_path / "summary.json").read_text())["baselines"]) == {"blind"}

@@ -22,7 +22,7 @@ from coreseg.data.folders import Found, Picture, Refusal, find_pictures, with_sp
 from coreseg.data.store import SPLITS, write_set
 from coreseg.errors import DataError, InputError
 from coreseg.imaging import read_header, read_image, read_mask, write_mask
-from coreseg.masks import mask_to_boxes
+from coreseg.masks import box_tuples, mask_to_boxes
 from coreseg.types import Sample
 
 Describe = Callable[
@@ -234,7 +234,7 @@ class _Writer:
             modality=folder.modality,
             anatomy=folder.anatomy,
             category=category,
-            boxes=tuple((int(x1), int(y1), int(x2), int(y2)) for x1, y1, x2, y2 in mask_to_boxes(mask)),
+            boxes=box_tuples(mask_to_boxes(mask)),
             query=ask(category, rng),
             reasoning=self._describe(image, mask, folder.modality, folder.anatomy, category, int(rng.integers(2**32))),
             source=folder.name,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import UInt8
 
 from coreseg.answer import answer_sentence, render
-from coreseg.masks import mask_to_boxes
+from coreseg.masks import box_tuples, mask_to_boxes
 from coreseg.model.assemble import find_checkpoint
 from coreseg.segmenter import Segmenter
 from coreseg.types import Answer, Result, Sample
@@ -68,7 +68,7 @@ class QuestionBlind:
             mask = processor.mask_from_logits(row, image.shape[:2])
             found = bool(mask.any())
             boxes = mask_to_boxes(mask)
-            written = tuple((int(x1), int(y1), int(x2), int(y2)) for x1, y1, x2, y2 in boxes)
+            written = box_tuples(boxes)
             answer = Answer(sample.category, written, "", found)
             results.append(
                 Result(

@@ -20,7 +20,7 @@ from coreseg.answer import parse
 from coreseg.data.store import LesionSet
 from coreseg.errors import ConfigError, DataError
 from coreseg.evaluate.records import Record, summarise
-from coreseg.masks import mask_to_boxes
+from coreseg.masks import box_tuples, mask_to_boxes
 from coreseg.metrics import Boxes, detect_score, dice, iou
 from coreseg.types import Result, Sample
 
@@ -186,7 +186,7 @@ def _scored(
     plain_mask: Bool[np.ndarray, "height width"],
 ) -> Record:
     sample, mask = ask.sample, _mask_of(result)
-    boxes = tuple((int(x1), int(y1), int(x2), int(y2)) for x1, y1, x2, y2 in result.boxes) if result.valid else ()
+    boxes = box_tuples(result.boxes) if result.valid else ()
     answer = parse(result.text) if result.valid else None
     return Record(
         file_name=sample.file_name,

@@ -45,7 +45,7 @@ class AttnPool(nn.Module):
 
     def __init__(self, width: int, queries: int, heads: int) -> None:
         super().__init__()
-        self.queries = nn.Parameter(nn.init.trunc_normal_(torch.empty(queries, width), std=0.5))
+        self.queries = nn.Parameter(torch.empty(queries, width))
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.norm = nn.LayerNorm(width)
 
@@ -74,6 +74,15 @@ class SemanticPromptAdapter(nn.Module):
         super().__init__()
         self.mlp = ResMLP(reasoner_width, width, tokens, blocks)
         self.pool = AttnPool(width, queries, heads)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh weights, wide enough that what differs between two states still differs in their prompts."""
+        for part in self.modules():
+            if isinstance(part, nn.Linear):
+                nn.init.trunc_normal_(part.weight, std=part.in_features**-0.5)
+                nn.init.zeros_(part.bias)
+        nn.init.trunc_normal_(self.pool.queries, std=0.5)
 
     @torch.no_grad()
     def start_at(self, token: Float[torch.Tensor, "1 width"]) -> None:

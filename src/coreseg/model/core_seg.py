@@ -156,12 +156,7 @@ class CoreSeg(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """The adapter's; the two halves initialise themselves."""
         if isinstance(module, SemanticPromptAdapter):
-            for part in module.modules():
-                if isinstance(part, nn.Linear):
-                    # Wide enough that what differs between two states still differs in their prompts.
-                    nn.init.trunc_normal_(part.weight, std=part.in_features**-0.5)
-                    nn.init.zeros_(part.bias)
-            nn.init.trunc_normal_(module.pool.queries, std=0.5)
+            module.reset_parameters()
 
     def get_input_embeddings(self) -> nn.Module:
         """The reasoner's token embedding."""
@@ -293,9 +288,11 @@ class CoreSeg(PreTrainedModel):
             states, present = _gather(kept, chosen)
             maps = encode_image(self.segmenter, segmenter_pixels[with_mask])
             numbers = torch.nonzero(with_mask)[:, 0].tolist()
-            boxes = read_boxes and read_boxes(rows)
-            chosen_boxes = boxes and [boxes[row] for row in numbers]
-            decoded = self.decode(states[with_mask], present[with_mask], maps, chosen_boxes)
+            boxes = None
+            if self.config.box_prompts and read_boxes:
+                written_boxes = read_boxes(rows)
+                boxes = [written_boxes[row] for row in numbers]
+            decoded = self.decode(states[with_mask], present[with_mask], maps, boxes)
             for row, logits in zip(numbers, decoded, strict=True):
                 mask_logits[row] = logits
         return Generation(ids=rows, mask_logits=mask_logits)

@@ -6,7 +6,7 @@ moved between the original image and the frame that the reasoner saw.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from transformers import AutoProcessor, LogitsProcessor
 
 from coreseg.answer import INSTRUCTION, SEG_TOKEN, AnswerGrammar, Piece, encode, parse, pieces
 from coreseg.errors import ModelError
-from coreseg.masks import map_boxes
+from coreseg.masks import box_tuples, map_boxes
 from coreseg.model.core_seg import CoreSegConfig
-from coreseg.types import Answer
+from coreseg.types import Answer, Box
 
 # Pictures of one batch have sizes of their own, so the dimensions go without names.
 Picture = UInt8[np.ndarray, "_ _ 3"]
@@ -96,7 +96,7 @@ class CoreSegProcessor:
             if answers is not None:
                 height, width = images[number].shape[:2]
                 boxes = self.boxes_to_frame(answers[number].boxes, (width, height), prompt.frame_wh)
-                parts = self._answer_tokens(replace_boxes(answers[number], boxes))
+                parts = self._answer_tokens(replace(answers[number], boxes=boxes))
             reply = [token for token, _ in parts]
             rows.append(prompt.ids + reply)
             labels.append([IGNORED] * len(prompt.ids) + reply)
@@ -145,7 +145,7 @@ class CoreSegProcessor:
     def read(self, text: str, frame_wh: tuple[int, int], size_wh: tuple[int, int]) -> Answer | None:
         """The answer in a text, its boxes in original pixels; None where the form is invalid."""
         answer = parse(text, frame_wh)
-        return answer and replace_boxes(answer, self.boxes_to_frame(answer.boxes, frame_wh, size_wh))
+        return answer and replace(answer, boxes=self.boxes_to_frame(answer.boxes, frame_wh, size_wh))
 
     def read_boxes(
         self, completions: Sequence[Sequence[int]], frames_wh: Sequence[tuple[int, int]]
@@ -164,10 +164,10 @@ class CoreSegProcessor:
     @staticmethod
     def boxes_to_frame(
         boxes: Sequence[tuple[int, ...]], from_wh: tuple[int, int], to_wh: tuple[int, int]
-    ) -> list[tuple[int, ...]]:
+    ) -> tuple[Box, ...]:
         """Boxes moved from one size of the picture to another."""
         moved = map_boxes(np.array(boxes, dtype=np.int64).reshape(-1, 4), from_wh, to_wh)
-        return [tuple(int(v) for v in box) for box in moved]
+        return box_tuples(moved)
 
     def segmenter_pixels(self, image: Picture) -> Float[torch.Tensor, "1 3 side side"]:
         """The picture stretched to the segmenter's square and normalised."""
@@ -241,11 +241,6 @@ class AnswerConstraint(LogitsProcessor):
             kept[row, index] = scores[row, index]
         self._started = True
         return kept
-
-
-def replace_boxes(answer: Answer, boxes: Sequence[tuple[int, ...]]) -> Answer:
-    """The same answer with other boxes."""
-    return Answer(answer.category, tuple((b[0], b[1], b[2], b[3]) for b in boxes), answer.reasoning, answer.found)
 
 
 def _pad_left(ids: Sequence[int], length: int, value: int) -> list[int]:

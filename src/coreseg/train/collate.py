@@ -15,7 +15,7 @@ from coreseg.config import SftConfig
 from coreseg.data.build.describe import describe
 from coreseg.data.store import LesionSet
 from coreseg.errors import DataError
-from coreseg.masks import mask_to_boxes
+from coreseg.masks import box_tuples, mask_to_boxes
 from coreseg.questions import ask, attribute_questions
 from coreseg.train.augment import augment
 from coreseg.types import Answer, Sample
@@ -149,5 +149,5 @@ def _changed(
 
 
 def _answer(category: str, mask: Bool[np.ndarray, "height width"], reasoning: str) -> Answer:
-    boxes = tuple((int(b[0]), int(b[1]), int(b[2]), int(b[3])) for b in mask_to_boxes(mask))
+    boxes = box_tuples(mask_to_boxes(mask))
     return Answer(category, boxes, reasoning, found=bool(boxes))

@@ -197,8 +197,10 @@ class SftTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, torch.Tensor], pictures: Sequence[str | None]
     ) -> dict[str, torch.Tensor]:
         """The reasoner's inputs, pixels replaced by what nano's tower saw in the same picture before."""
+        if None in pictures:
+            return inputs
         tower = next((part for part in model.modules() if isinstance(part, NanoVisionModel)), None)
-        if tower is None or None in pictures:
+        if tower is None:
             return inputs
         pixels, names = inputs["pixel_values"], cast(list[str], pictures)
         new = [row for row, name in enumerate(names) if name not in self.kept_looks]
