@@ -1,7 +1,11 @@
 """What every test shares: array shapes checked at run time, and the real images where a checkout has them."""
 
+import os
 from pathlib import Path
 from typing import Any
+
+# The suite runs in two processes on two cores, see pyproject.toml: one computing thread each. torch reads it once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import numpy as np
