@@ -9,6 +9,7 @@ from its last checkpoint.
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def train(lesions: LesionSet, out: Path, steps: int, seed: int, validate_every: 
         [{"params": backbone, "lr": BACKBONE_LEARNING_RATE}, {"params": others, "lr": LEARNING_RATE}], weight_decay=0.02
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1.0, (s + 1) / WARMUP_STEPS) * 0.5 * (1 + np.cos(np.pi * min(1.0, s / steps)))
+        optimizer, lambda s: min(1.0, (s + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))
     )
     done, checkpoint = 0, out / "resume.pt"
     parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
