@@ -88,7 +88,7 @@ def test_from_the_threshold_on_dice_decides() -> None:
     reference = painted((0, 0, 10, 10))
     half = painted((0, 5, 10, 15))
     assert segment_reward(said(), half, reference, DUAL) == pytest.approx(2.0)
-    assert segment_reward(said(), half, reference, RewardSettings(dice_from=0.6)) == pytest.approx(1 / 3 - 0)
+    assert segment_reward(said(), half, reference, RewardSettings(dice_from=0.6)) == pytest.approx(1 / 3)
     assert segment_reward(said(), half, reference, RewardSettings(alpha=0.5, beta=4.0)) == pytest.approx(2.5)
 
 

@@ -116,12 +116,13 @@ def segment_reward(
     """
     if settings.plain_dice:
         return 0.0 if answer is None else dice(mask, reference)
-    predicted_box, reference_box = tight_box(mask), tight_box(reference)
-    if answer is None or (predicted_box is None) != (reference_box is None):
+    if answer is None or mask.any() != reference.any():
         return NOTHING
     overlap = dice(mask, reference)
-    if overlap >= settings.dice_from or predicted_box is None or reference_box is None:
+    if overlap >= settings.dice_from:
         return settings.alpha + settings.beta * overlap
+    predicted_box, reference_box = tight_box(mask), tight_box(reference)
+    assert predicted_box and reference_box  # two empty masks have a Dice of 1
     return box_giou(predicted_box, reference_box)
 
 
