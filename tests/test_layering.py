@@ -19,6 +19,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 LEVELS = (
     {"errors", "types"},
     {"answer", "statements", "questions", "masks", "metrics", "imaging", "config"},
+    {"sam2"},
     {"nano"},
     {"model"},
     {"segmenter", "outputs"},

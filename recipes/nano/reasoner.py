@@ -82,7 +82,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_reasoner(segmenter: EdgeTamModel, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """A fresh reasoner that looks through a copy of the trained segmenter's image encoder."""
+    """A fresh reasoner that looks through a copy of the trained segmenter."""
     register()
     text = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -98,7 +98,7 @@ def build_reasoner(segmenter: EdgeTamModel, tokenizer: PreTrainedTokenizerFast) 
         bos_token_id=None,
     )
     config = LlavaConfig(
-        vision_config=NanoVisionConfig(segmenter.config.vision_config),
+        vision_config=NanoVisionConfig(segmenter.config),
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(FRAME_PX // STRIDE_PX) ** 2,
@@ -107,7 +107,7 @@ def build_reasoner(segmenter: EdgeTamModel, tokenizer: PreTrainedTokenizerFast) 
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower.encoder.load_state_dict(segmenter.vision_encoder.state_dict())
+    model.model.vision_tower.segmenter.load_state_dict(segmenter.state_dict())
     write_numbers(model, tokenizer)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import EdgeTamModel
 
 from coreseg.data.store import LesionSet
-from coreseg.model.sam2 import any_lesion_prompt, decode_masks, encode_image
+from coreseg.sam2 import any_lesion_prompt, decode_masks, encode_image
 from coreseg.train.augment import augment
 from coreseg.train.collate import stretch_mask
 from coreseg.train.losses import dice_ce

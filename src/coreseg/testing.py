@@ -304,12 +304,13 @@ def write_phantom_set(
     negatives: float = 0.15,
     two_kinds: float = 0.3,
     val_share: float = 0.25,
+    lesions: int | None = None,
 ) -> Path:
     """A data set of `count` phantoms on disk, as `coreseg.data.store` opens it; returns its folder.
 
     One row per picture and category, so pictures with two kinds have two rows that only the question tells apart. A
     share `negatives` of the pictures is asked for a category they lack: half of these show the other one, half
-    nothing. Each picture is its own case; `source` names the look.
+    nothing. Each picture is its own case; `source` names the look. `lesions` of each kind, one to four if None.
     """
     # The data layer lies above this module, and is needed only here.
     from coreseg.data.store import write_set
@@ -322,9 +323,9 @@ def write_phantom_set(
     for index in range(count):
         look = looks[int(rng.integers(len(looks)))]
         chance = float(rng.random())
-        lesions = 0 if chance < negatives / 2 else None
+        drawn = 0 if chance < negatives / 2 else lesions
         kinds = 2 if chance >= negatives and rng.random() < two_kinds else 1
-        shown = phantom(int(rng.integers(2**32)), look, size_wh, lesions, kinds)
+        shown = phantom(int(rng.integers(2**32)), look, size_wh, drawn, kinds)
         masks = dict(shown.masks)
         if negatives / 2 <= chance < negatives:
             masks = {

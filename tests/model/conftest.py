@@ -41,8 +41,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Build:
     root, built = tmp_path_factory.mktemp("parts"), dict[str, Path]()
 
     def nano_reasoner(folder: Path) -> Path:
-        vision = AutoConfig.from_pretrained(part("edgetam")).vision_config
-        return tiny_llava(folder, NanoVisionConfig(vision), cell_px=16 * MERGE)
+        tower = NanoVisionConfig(AutoConfig.from_pretrained(part("edgetam")))
+        return tiny_llava(folder, tower, cell_px=16 * MERGE)
 
     builders = {
         "qwen": tiny_qwen_vl,

@@ -100,7 +100,7 @@ def test_a_configuration_comes_back_as_it_was(joined: Build, tmp_path: Path) -> 
     config.save_pretrained(tmp_path)
     assert CoreSegConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
     assert config.segmenter_size_px == 64
-    assert config.reasoner_config.vision_config.encoder_config.model_type == "edgetam_vision_model"
+    assert config.reasoner_config.vision_config.segmenter_config.model_type == "edgetam"
 
 
 def test_missing_and_foreign_checkpoints_are_named(parts: Build, tmp_path: Path) -> None:

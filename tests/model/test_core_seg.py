@@ -12,7 +12,7 @@ from coreseg.errors import InputError
 from coreseg.model.assemble import freeze_all_but_heads
 from coreseg.model.core_seg import CoreSeg, Generation, TrainingOutput
 from coreseg.model.processor import IGNORED, Batch
-from coreseg.model.sam2 import box_prompts
+from coreseg.sam2 import box_prompts
 from coreseg.segmenter import Segmenter
 from coreseg.types import Answer
 
@@ -193,7 +193,7 @@ def test_rows_without_a_marker_have_no_mask(
 
 @torch.no_grad()
 def test_cached_maps_give_the_mask_that_pixels_give(nano: Segmenter, pictures: list[np.ndarray]) -> None:
-    from coreseg.model.sam2 import encode_image
+    from coreseg.sam2 import encode_image
 
     batch = nano.processor(pictures[:1], ["Where?"], ANSWERS[:1])
     maps = encode_image(nano.model.segmenter, batch.segmenter_pixels)

@@ -15,7 +15,7 @@ from coreseg.testing_models import tiny_edgetam, tiny_llava, tiny_qwen_vl, tiny_
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("nano")
     segmenter = tiny_edgetam(root / "segmenter")
-    vision = NanoVisionConfig(AutoConfig.from_pretrained(segmenter).vision_config)
+    vision = NanoVisionConfig(AutoConfig.from_pretrained(segmenter))
     reasoner = tiny_llava(root / "reasoner", vision, cell_px=16 * MERGE)
     model = assemble(str(reasoner), str(segmenter), root / "joined")
     model.config.reasoning_budget = 6

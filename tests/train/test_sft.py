@@ -155,10 +155,8 @@ def test_looks_that_are_kept_train_as_pixels_do(
     _plain_descent(monkeypatch)
     config = settings(nano, phantoms, tmp_path / "a", remeasure=True, versions=1, steps=6, batch_size=6)
     towers: list[int] = []
-    stock = NanoVisionModel.coarse_map
-    monkeypatch.setattr(
-        NanoVisionModel, "coarse_map", lambda self, pixels: towers.append(len(pixels)) or stock(self, pixels)
-    )
+    stock = NanoVisionModel.look
+    monkeypatch.setattr(NanoVisionModel, "look", lambda self, pixels: towers.append(len(pixels)) or stock(self, pixels))
     _, kept, _ = trained(config)
     pictures = sum(towers)
     assert pictures < 36 and len(towers) <= 6

@@ -26,8 +26,8 @@ from transformers import (
 
 from coreseg.errors import ConfigError, ModelError
 from coreseg.model.adapter import SemanticPromptAdapter
-from coreseg.model.sam2 import FeatureMaps, any_lesion_prompt, box_prompts, decode_masks, encode_image
 from coreseg.nano.vision import register
+from coreseg.sam2 import FeatureMaps, any_lesion_prompt, box_prompts, decode_masks, encode_image
 
 register()
 

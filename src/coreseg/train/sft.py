@@ -205,7 +205,7 @@ class SftTrainer(Trainer):
         pixels, names = inputs["pixel_values"], cast(list[str], pictures)
         new = [row for row, name in enumerate(names) if name not in self.kept_looks]
         if new:
-            maps = tower.coarse_map(pixels[new]).half().cpu()
+            maps = tower.look(pixels[new]).half().cpu()
             self.kept_looks.update(zip((names[row] for row in new), maps, strict=True))
         return inputs | {"pixel_values": torch.stack([self.kept_looks[name] for name in names]).to(pixels)}
 

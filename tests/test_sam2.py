@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskGeneration, PreTrainedModel
 
-from coreseg.model.sam2 import any_lesion_prompt, decode_masks, encode_image
+from coreseg.sam2 import any_lesion_prompt, decode_masks, encode_image
 
 
 @pytest.fixture(scope="module", params=["sam2", "edgetam"])
