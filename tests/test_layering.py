@@ -119,7 +119,7 @@ def test_imports_point_one_way(path: Path) -> None:
         ("types", "def late():\n    from coreseg.imaging import overlay", 0),
         ("types", "from coreseg.imaging import overlay", 1),
         ("masks", "from coreseg.metrics import dice", 1),
-        ("masks", "from coreseg.masks import components", 0),
+        ("masks", "from coreseg.masks import tight_box", 0),
         ("masks", "import numpy, coresegment", 0),
     ],
 )

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coreseg.errors import InputError
-from coreseg.masks import components, map_boxes, mask_to_boxes, resize_mask, tight_box
+from coreseg.masks import label_lesions, lesion_masks, map_boxes, mask_to_boxes, resize_mask, tight_box
 
 
 def drawn(size_hw: tuple[int, int], *boxes: tuple[int, int, int, int]) -> np.ndarray:
@@ -18,22 +18,22 @@ def drawn(size_hw: tuple[int, int], *boxes: tuple[int, int, int, int]) -> np.nda
     return mask
 
 
-def test_components_are_8_connected_and_largest_first() -> None:
-    mask = drawn((20, 30), (2, 2, 4, 4), (4, 4, 6, 6), (10, 0, 20, 10))
-    parts = components(mask)
-    assert [int(part.sum()) for part in parts] == [100, 8]  # the two squares touch at a corner
-    assert np.array_equal(np.logical_or.reduce(parts), mask)
+def test_components_are_8_connected() -> None:
+    labels, areas_px = label_lesions(drawn((20, 30), (2, 2, 4, 4), (4, 4, 6, 6), (10, 0, 20, 10)))
+    assert sorted(areas_px) == [0, 8, 100]  # the two squares touch at a corner
+    assert labels.shape == (20, 30)
 
 
-def test_components_of_one_size_come_in_scan_order() -> None:
-    first, second = components(drawn((9, 9), (5, 1, 7, 3), (1, 5, 3, 7)))
-    assert tight_box(first) == (5, 1, 7, 3)
-    assert tight_box(second) == (1, 5, 3, 7)
+def test_lesions_come_with_their_boxes() -> None:
+    mask = drawn((40, 60), (5, 20, 25, 30), (1, 25, 4, 35), (30, 3, 40, 9), (59, 39, 60, 40))
+    parts, boxes = lesion_masks(mask), mask_to_boxes(mask)
+    assert [tight_box(part) for part in parts] == [tuple(box) for box in boxes] and len(parts) == 3
+    assert np.array_equal(parts.any(axis=0) | drawn((40, 60), (59, 39, 60, 40)), mask)  # one pixel is no lesion here
 
 
 def test_an_empty_mask_has_nothing() -> None:
     empty = np.zeros((7, 5), dtype=bool)
-    assert components(empty) == []
+    assert lesion_masks(empty).shape == (0, 7, 5)
     assert tight_box(empty) is None
     boxes = mask_to_boxes(empty)
     assert boxes.shape == (0, 4)
@@ -147,7 +147,7 @@ def test_area_is_kept_in_proportion(seed: int, size_hw: tuple[int, int]) -> None
     assert resized.shape == size_hw
     assert resized.any() == mask.any()
     if size_hw[0] <= height and size_hw[1] <= width:
-        patches = max(1, len(components(resized)), len(components(mask)))
+        patches = max(1, label_lesions(resized)[0].max(), label_lesions(mask)[0].max())
         expected = mask.sum() * size_hw[0] * size_hw[1] / (height * width)
         assert abs(resized.sum() - expected) <= patches
 

@@ -1,9 +1,9 @@
 """Stage (a) of nano: a class-agnostic segmenter, prompted by boxes, points and one "any lesion" prompt.
 
-    python recipes/nano/segmenter.py DATASET --out RUN [--steps N]
+    python recipes/nano/segmenter.py DATASET… --out RUN [--steps N]
 
-It never learns a category, so that what the question adds later can be measured. Batches are drawn with weight
-1 / sqrt(set size). The exponential moving average of the weights is what is saved. A run that was stopped goes on
+It never learns a category, so that what the question adds later can be measured: a picture's lesions of all categories
+are one mask. Batches are drawn with weight 1 / sqrt(set size), phantoms at half of that. The exponential moving average of the weights is what is saved. A run that was stopped goes on
 from its last checkpoint.
 """
 
@@ -22,12 +22,15 @@ from tqdm import tqdm
 from transformers import EdgeTamModel
 
 from coreseg.data.store import LesionSet
+from coreseg.masks import lesion_masks, tight_box
 from coreseg.sam2 import any_lesion_prompt, decode_masks, encode_image
 from coreseg.train.augment import augment
 from coreseg.train.collate import stretch_mask
 from coreseg.train.losses import dice_ce
+from coreseg.types import Sample
 
 BATCH = 8
+PHANTOM_WEIGHT = 0.5
 LEARNING_RATE = 1e-3
 BACKBONE_LEARNING_RATE = 3e-4
 WARMUP_STEPS = 100
@@ -35,44 +38,59 @@ EMA_DECAY = 0.995
 SAVE_EVERY = 200
 
 
-def load(lesions: LesionSet, split: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Every picture of a split with its mask, stretched to the segmenter's square, as 8-bit tensors, and its set."""
+def load(sets: list[LesionSet], split: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Every picture of a split with all of its lesions, stretched to the segmenter's square, as 8-bit tensors, and its
+    set."""
+    pictures: dict[tuple[Path, str], list[tuple[LesionSet, Sample]]] = {}
+    for lesions in sets:
+        for sample in lesions.split(split):
+            pictures.setdefault((lesions.root, sample.file_name), []).append((lesions, sample))
     images, masks, sources = [], [], []
-    for sample in tqdm(lesions.split(split), desc=f"reading {split}"):
-        image = torch.from_numpy(lesions.image(sample)).permute(2, 0, 1)[None].float()
+    for rows in tqdm(pictures.values(), desc=f"reading {split}"):
+        lesions, first = rows[0]
+        image = torch.from_numpy(lesions.image(first)).permute(2, 0, 1)[None].float()
         side = (IMAGE_SIZE_PX, IMAGE_SIZE_PX)
         images.append(functional.interpolate(image, side, mode="bilinear", antialias=True).round().byte())
-        masks.append(stretch_mask(lesions.mask(sample), IMAGE_SIZE_PX)[None, None])
-        sources.append(sample.source)
+        together = np.any([lesions.mask(sample) for _, sample in rows], axis=0)
+        masks.append(stretch_mask(together, IMAGE_SIZE_PX)[None, None])
+        sources.append(first.source)
     return torch.cat(images), torch.cat(masks), sources
 
 
-def spatial_prompt(model: EdgeTamModel, masks: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """A jittered box around the whole lesion area, or a point inside it, as (batch, 1, 3, channels).
+def spatial_prompt(
+    model: EdgeTamModel, masks: torch.Tensor, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A jittered box or a point, as (batch, 1, 3, channels), and the mask it asks for, (batch, 1, side, side).
 
-    An empty mask gets the "any lesion" prompt again, since there is nothing to point at.
+    It means one of several lesions, or all of them, in equal parts; a point always means one. So the decoder learns to
+    be told where. An empty mask gets the "any lesion" prompt again, since there is nothing to point at.
     """
     boxes = torch.zeros(len(masks), 1, 4)
     points = torch.zeros(len(masks), 1, 2, 2)
     labels = torch.full((len(masks), 1, 2), -1)
     use_box = np.zeros(len(masks), dtype=bool)
-    for row, mask in enumerate(masks):
-        ys, xs = torch.nonzero(mask[0], as_tuple=True)
-        if len(xs) == 0:
+    wanted = masks.clone()
+    for row, mask in enumerate(masks[:, 0].bool().numpy()):
+        lesions = lesion_masks(mask)
+        if not len(lesions):
             continue
-        use_box[row] = rng.random() < 0.6
+        use_box[row] = rng.random() < 0.7
+        if not use_box[row] or rng.random() < 0.5:
+            mask = lesions[int(rng.integers(len(lesions)))]
+            wanted[row, 0] = torch.from_numpy(mask)
         if use_box[row]:
-            corners = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
+            corners = torch.tensor(tight_box(mask)).float()
             size = (corners[2:] - corners[:2]).repeat(2)
             boxes[row, 0] = (corners + size * torch.from_numpy(rng.uniform(-0.1, 0.1, 4))).clamp(0, IMAGE_SIZE_PX)
         else:
+            ys, xs = np.nonzero(mask)
             pick = int(rng.integers(len(xs)))
             points[row, 0, 0] = torch.tensor([xs[pick], ys[pick]]).float()
             labels[row, 0, 0] = 1
     encoder = model.prompt_encoder
     as_boxes, _ = encoder(input_points=None, input_labels=None, input_boxes=boxes, input_masks=None)
     as_points, _ = encoder(input_points=points, input_labels=labels, input_boxes=None, input_masks=None)
-    return torch.where(torch.from_numpy(use_box)[:, None, None, None], as_boxes, as_points)
+    return torch.where(torch.from_numpy(use_box)[:, None, None, None], as_boxes, as_points), wanted
 
 
 @torch.no_grad()
@@ -101,14 +119,16 @@ def freeze_statistics(model: torch.nn.Module) -> None:
             module.eval()
 
 
-def train(lesions: LesionSet, out: Path, steps: int, seed: int, validate_every: int) -> None:
+def train(sets: list[LesionSet], out: Path, steps: int, seed: int, validate_every: int) -> None:
     """Train, log to `out/log.jsonl`, and leave the averaged model in `out` for `EdgeTamModel.from_pretrained`."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    images, masks, sources = load(lesions, "train")
-    validation = load(lesions, "val")
+    images, masks, sources = load(sets, "train")
+    validation = load(sets[:1], "val")
     counts = {name: sources.count(name) for name in set(sources)}
-    weights = np.array([counts[name] ** -0.5 for name in sources])
+    weights = np.array(
+        [counts[name] ** -0.5 * (PHANTOM_WEIGHT if name.startswith("phantom_") else 1.0) for name in sources]
+    )
     model = build_segmenter().to(memory_format=torch.channels_last)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
     backbone = list(model.vision_encoder.backbone.parameters())
@@ -135,9 +155,10 @@ def train(lesions: LesionSet, out: Path, steps: int, seed: int, validate_every: 
         batch_images, batch_masks = augment(images[rows].float() / 255, masks[rows].float(), generator)
         freeze_statistics(model)
         pixels = ((batch_images - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
-        prompts = torch.cat([any_lesion_prompt(model, BATCH), spatial_prompt(model, batch_masks, rng)], dim=1)
+        spatial, wanted = spatial_prompt(model, batch_masks, rng)
+        prompts = torch.cat([any_lesion_prompt(model, BATCH), spatial], dim=1)
         logits = decode_masks(model, encode_image(model, pixels), prompts)
-        loss = dice_ce(logits.flatten(0, 1), batch_masks.repeat_interleave(2, dim=1).flatten(0, 1))
+        loss = dice_ce(logits.flatten(0, 1), torch.cat([batch_masks, wanted], dim=1).flatten(0, 1))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -157,10 +178,10 @@ def train(lesions: LesionSet, out: Path, steps: int, seed: int, validate_every: 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", type=Path)
+    parser.add_argument("datasets", type=Path, nargs="+", help="validated on the first")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validate-every", type=int, default=500)
     options = parser.parse_args()
-    train(LesionSet.open(options.dataset), options.out, options.steps, options.seed, options.validate_every)
+    train([LesionSet.open(path) for path in options.datasets], options.out, options.steps, options.seed, options.validate_every)

@@ -29,15 +29,6 @@ def label_lesions(
     return labels, areas_px
 
 
-def components(mask: Bool[np.ndarray, "height width"]) -> list[Bool[np.ndarray, "height width"]]:
-    """The 8-connected parts of a mask, each at the mask's own size, largest first; parts of one size in scan order.
-
-    An empty mask has none. Nothing is dropped here, however small.
-    """
-    labels, areas_px = label_lesions(mask)
-    return [labels == index + 1 for index in np.argsort(-areas_px[1:], kind="stable")]
-
-
 def tight_box(mask: Bool[np.ndarray, "height width"]) -> Box | None:
     """The smallest box around all of the foreground, or None where the mask is empty."""
     rows = np.flatnonzero(mask.any(axis=1))
@@ -56,9 +47,23 @@ def mask_to_boxes(mask: Bool[np.ndarray, "height width"]) -> Int[np.ndarray, "le
 
     Our choice: the public text of CORE-Seg names no rule.
     """
+    return np.array([box for box, _ in _lesions(mask)], dtype=np.int64).reshape(-1, 4)
+
+
+def lesion_masks(mask: Bool[np.ndarray, "height width"]) -> Bool[np.ndarray, "lesions height width"]:
+    """The lesions that `mask_to_boxes` gives boxes to, each as a mask of its own, in the same order."""
+    lesions = _lesions(mask)
+    parts = np.zeros((len(lesions), *mask.shape), dtype=bool)
+    for part, ((left, top, right, bottom), pixels) in zip(parts, lesions, strict=True):
+        part[top:bottom, left:right] = pixels
+    return parts
+
+
+def _lesions(mask: Bool[np.ndarray, "height width"]) -> list[tuple[Box, Bool[np.ndarray, "_ _"]]]:
+    """Box and pixels within it of each lesion."""
     outer = tight_box(mask)
     if outer is None:
-        return np.zeros((0, 4), dtype=np.int64)
+        return []
     # A lesion fills a small part of a large picture: labelling only its surroundings saves most of the time.
     left, top, right, bottom = outer
     labels, areas_px = label_lesions(mask[top:bottom, left:right])
@@ -67,11 +72,12 @@ def mask_to_boxes(mask: Bool[np.ndarray, "height width"]) -> Int[np.ndarray, "le
     largest_first = np.argsort(-areas, kind="stable")[:MAX_BOXES]
     kept = [index for rank, index in enumerate(largest_first) if rank == 0 or areas[index] >= smallest_px]
     slices = ndimage.find_objects(labels)
-    corners = [
-        (columns.start + left, rows.start + top, columns.stop + left, rows.stop + top)
-        for rows, columns in (slices[index] for index in kept)
-    ]
-    return np.array(sorted(corners, key=lambda box: (box[1], box[0], box[3], box[2])), dtype=np.int64)
+    lesions = []
+    for index in kept:
+        rows, columns = slices[index]
+        box = (columns.start + left, rows.start + top, columns.stop + left, rows.stop + top)
+        lesions.append((box, labels[rows, columns] == index + 1))
+    return sorted(lesions, key=lambda lesion: (lesion[0][1], lesion[0][0], lesion[0][3], lesion[0][2]))
 
 
 def box_tuples(boxes: Int[np.ndarray, "lesions 4"]) -> tuple[Box, ...]:

@@ -101,8 +101,8 @@ def tiny_smolvlm(folder: Path) -> Path:
     return _save(folder, SmolVLMForConditionalGeneration, config, processor)
 
 
-def tiny_llava(folder: Path, tower: Any = None, cell_px: int = 16, crops: bool = False, tied: bool = True) -> Path:
-    """A LLaVA around a small CLIP, or around the vision tower that `tower` configures: one token for every `cell_px`.
+def tiny_llava(folder: Path, tower: Any = None, crops: bool = False, tied: bool = True) -> Path:
+    """A LLaVA around a small CLIP, or around nano's vision tower where `tower` configures it.
 
     `crops` makes its processor cut pictures to their middle, as stock LLaVA checkpoints do.
     """
@@ -114,13 +114,19 @@ def tiny_llava(folder: Path, tower: Any = None, cell_px: int = 16, crops: bool =
         LlavaProcessor,
     )
 
+    from coreseg.nano.vision import GRID, IMAGE_TOKENS
+
     tokenizer = _tokenizer(["<pad>", "<eos>", "<image>", "<turn>"], pad="<pad>", eos="<eos>")
+    cells = 4 if tower is None else GRID
+    cell_px = SEGMENTER_SIZE_PX // cells
+    # CLIP's one more is its own class token, which the "default" strategy drops again.
+    more = 1 if tower is None else IMAGE_TOKENS - cells**2
     select: Literal["default", "full"] = "default" if tower is None else "full"
     config = LlavaConfig(
         vision_config=tower or CLIPVisionConfig(**_vit_settings(cell_px), projection_dim=WIDTH),
         text_config={"model_type": "qwen2", **_text_settings(tokenizer), "tie_word_embeddings": tied},
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(SEGMENTER_SIZE_PX // cell_px) ** 2,
+        image_seq_length=cells**2 if tower is None else IMAGE_TOKENS,
         vision_feature_layer=-1,
         vision_feature_select_strategy=select,
         tie_word_embeddings=tied,
@@ -131,8 +137,7 @@ def tiny_llava(folder: Path, tower: Any = None, cell_px: int = 16, crops: bool =
         tokenizer,
         patch_size=cell_px,
         vision_feature_select_strategy=select,
-        # CLIP's own class token, which the "default" strategy drops again.
-        num_additional_image_tokens=int(tower is None),
+        num_additional_image_tokens=more,
         chat_template=_CHAT.format(start="<turn>", image="<image>", end=""),
     )
     return _save(folder, LlavaForConditionalGeneration, config, processor)

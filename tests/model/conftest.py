@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from coreseg.model.assemble import assemble
 from coreseg.model.core_seg import CoreSeg
-from coreseg.nano.vision import MERGE, NanoVisionConfig
+from coreseg.nano.vision import NanoVisionConfig
 from coreseg.segmenter import Segmenter
 from coreseg.testing_models import tiny_edgetam, tiny_llava, tiny_qwen_vl, tiny_sam2, tiny_smolvlm
 
@@ -42,7 +42,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
     def nano_reasoner(folder: Path) -> Path:
         tower = NanoVisionConfig(AutoConfig.from_pretrained(part("edgetam")))
-        return tiny_llava(folder, tower, cell_px=16 * MERGE)
+        return tiny_llava(folder, tower)
 
     builders = {
         "qwen": tiny_qwen_vl,

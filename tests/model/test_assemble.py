@@ -36,7 +36,9 @@ def test_a_saved_model_answers_as_before(
     again, processor = load_parts(tmp_path / "joined")
     assert {name for name, _ in again.named_children()} == {"reasoner", "adapter", "segmenter"}
     read_logits, read_masks = outputs(again.eval(), processor, pictures[0])
-    assert torch.equal(read_logits, logits) and torch.equal(read_masks, masks)
+    assert torch.equal(read_logits, logits)
+    # Convolutions sum in another order where memory lies otherwise.
+    torch.testing.assert_close(read_masks, masks, rtol=1e-5, atol=1e-9)
     assert masks.abs().max() > 0
 
 

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig
 
 from coreseg.model.assemble import assemble
-from coreseg.nano.vision import MERGE, NanoVisionConfig
+from coreseg.nano.vision import NanoVisionConfig
 from coreseg.testing import write_phantom_set
 from coreseg.testing_models import tiny_edgetam, tiny_llava, tiny_qwen_vl, tiny_sam2
 
@@ -16,7 +16,7 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("nano")
     segmenter = tiny_edgetam(root / "segmenter")
     vision = NanoVisionConfig(AutoConfig.from_pretrained(segmenter))
-    reasoner = tiny_llava(root / "reasoner", vision, cell_px=16 * MERGE)
+    reasoner = tiny_llava(root / "reasoner", vision)
     model = assemble(str(reasoner), str(segmenter), root / "joined")
     model.config.reasoning_budget = 6
     model.config.save_pretrained(root / "joined")

@@ -1,0 +1,80 @@
+"""Nano's tower: what its tokens hold is what is in the picture."""
+
+import numpy as np
+import torch
+
+from coreseg.masks import lesion_masks, mask_to_boxes
+from coreseg.nano.vision import BUMPS, GRID, MEASURES, PLACE_WEIGHT, grid_tokens, place_code, pool, region_tokens
+from coreseg.types import MAX_BOXES
+
+SIDE = 64
+
+
+def drawn(*boxes: tuple[int, int, int, int]) -> np.ndarray:
+    mask = np.zeros((SIDE, SIDE), dtype=bool)
+    for x1, y1, x2, y2 in boxes:
+        mask[y1:y2, x1:x2] = True
+    return mask
+
+
+def feature_maps(batch: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, 8, SIDE // s, SIDE // s, generator=generator) for s in (4, 8, 16)]
+
+
+def places(code: torch.Tensor) -> torch.Tensor:
+    """The coordinate that each code is nearest to, on a grid of 1 px."""
+    candidates = place_code(torch.arange(SIDE + 1)[:, None] / SIDE)
+    return torch.cdist(code.reshape(-1, BUMPS), candidates).argmin(1).view(code.shape[:-1])
+
+
+def test_a_place_code_tells_every_pixel_of_256_apart_and_near_ones_least() -> None:
+    codes = place_code(torch.arange(257)[:, None] / 256)
+    distances = torch.cdist(codes, codes)
+    assert (distances + torch.eye(257) > 0.03).all()
+    steps = distances[128, 128:160]
+    assert (steps.diff() > 0).all()
+
+
+def test_region_tokens_hold_the_boxes_in_the_order_of_answers() -> None:
+    masks = [drawn((40, 30, 60, 50), (3, 5, 20, 13)), drawn((10, 10, 30, 40)), drawn()]
+    pixels = torch.rand(3, 3, SIDE, SIDE)
+    tokens = region_tokens(pixels, feature_maps(3), [lesion_masks(mask) for mask in masks])
+    assert tokens.shape == (3, MAX_BOXES, 4 * BUMPS + 2 * 8 + MEASURES)
+    for row, mask in enumerate(masks):
+        boxes = mask_to_boxes(mask)
+        code = tokens[row, : len(boxes), : 4 * BUMPS].reshape(len(boxes), 4, BUMPS) / PLACE_WEIGHT
+        assert np.array_equal(places(code).numpy(), boxes)
+        assert (tokens[row, len(boxes) :] == 0).all()
+        assert torch.equal(tokens[row, : len(boxes), -MAX_BOXES:], torch.eye(MAX_BOXES)[: len(boxes)])
+
+
+def test_a_region_token_tells_bright_from_dark_and_large_from_small() -> None:
+    masks = [drawn((8, 8, 24, 24)), drawn((30, 30, 34, 34))]
+    pixels = torch.zeros(2, 3, SIDE, SIDE) + 0.01 * torch.rand(2, 3, SIDE, SIDE)
+    pixels[0][:, masks[0]] += 0.5
+    pixels[1][:, masks[1]] -= 0.5
+    tokens = region_tokens(pixels, feature_maps(2), [lesion_masks(mask) for mask in masks])[:, 0]
+    look = tokens[:, -MEASURES:]
+    inside, around, (large, small) = look[:, :3], look[:, 6:9], look[:, 9]
+    assert (inside[0] > around[0]).all() and (inside[1] < around[1]).all()
+    assert large / small == 4.0
+    assert torch.allclose(look[:, 10], torch.ones(2))
+
+
+def test_pooling_is_the_mean_over_a_region() -> None:
+    mask = drawn((16, 8, 48, 40))
+    planes = torch.rand(1, 5, SIDE, SIDE)
+    regions = torch.from_numpy(np.stack([mask, drawn()]))[None].float()
+    means = pool(planes, regions)
+    torch.testing.assert_close(means[0, 0], planes[0][:, torch.from_numpy(mask)].mean(1))
+    assert (means[0, 1] == 0).all()
+    coarse = torch.nn.functional.avg_pool2d(planes, 8)
+    torch.testing.assert_close(pool(coarse, regions)[0, 0], means[0, 0])
+
+
+def test_grid_tokens_know_their_cell() -> None:
+    tokens = grid_tokens(feature_maps(1))
+    assert tokens.shape == (1, GRID**2, 8 + 2 * BUMPS)
+    centres = places(tokens[0, :, 8:].reshape(-1, 2, BUMPS) / PLACE_WEIGHT)
+    assert centres[1].tolist() == [24, 8] and centres[GRID].tolist() == [8, 24]
