@@ -122,8 +122,8 @@ def build_reasoner(segmenter: EdgeTamModel, tokenizer: PreTrainedTokenizerFast) 
 def start_inputs(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
     """Start words and image tokens at one small scale, and a number's token as the place it stands for.
 
-    Its row is the tower's place code, turned into the model's width by a random rotation. So near numbers look alike, in
-    and out, and a coordinate that the model looks at is already written in the letters of its answer. Our choice.
+    Its row is the tower's place code, turned into the model's width by a random rotation. So near numbers look alike,
+    in and out, and a coordinate that the model looks at is already written in the letters of its answer. Our choice.
     """
     table, projector = model.get_input_embeddings().weight, model.model.multi_modal_projector
     torch.nn.init.normal_(table, std=INPUT_SCALE)

@@ -3,8 +3,8 @@
     python recipes/nano/segmenter.py DATASET… --out RUN [--steps N]
 
 It never learns a category, so that what the question adds later can be measured: a picture's lesions of all categories
-are one mask. Batches are drawn with weight 1 / sqrt(set size), phantoms at half of that. The exponential moving average of the weights is what is saved. A run that was stopped goes on
-from its last checkpoint.
+are one mask. Batches are drawn with weight 1 / sqrt(set size), phantoms at half of that. The exponential moving average
+of the weights is what is saved. A run that was stopped goes on from its last checkpoint.
 """
 
 import argparse
@@ -184,4 +184,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validate-every", type=int, default=500)
     options = parser.parse_args()
-    train([LesionSet.open(path) for path in options.datasets], options.out, options.steps, options.seed, options.validate_every)
+    sets = [LesionSet.open(path) for path in options.datasets]
+    train(sets, options.out, options.steps, options.seed, options.validate_every)

@@ -45,9 +45,7 @@ class NanoVisionConfig(PreTrainedConfig):
     model_type = "coreseg_nano_vision"
     sub_configs = {"segmenter_config": AutoConfig}  # noqa: RUF012 (transformers' form)
 
-    def __init__(
-        self, segmenter_config: PreTrainedConfig | dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, segmenter_config: PreTrainedConfig | dict[str, Any] | None = None, **kwargs: Any) -> None:
         given: Any = segmenter_config
         self.segmenter_config = AutoConfig.for_model(**given) if isinstance(given, dict) else given
         kwargs.pop("hidden_size", None)
@@ -56,7 +54,7 @@ class NanoVisionConfig(PreTrainedConfig):
 
     @property
     def channels(self) -> tuple[int, int]:
-        """How many channels a grid token uses (features, place), and how many a region token (box, features, measures)."""
+        """How many channels a grid token uses (features, place) and a region token (box, features, measures)."""
         features = self.segmenter_config.vision_config.fpn_hidden_size
         return features + 2 * BUMPS, 4 * BUMPS + 2 * features + MEASURES
 
@@ -88,12 +86,14 @@ class NanoVisionModel(PreTrainedModel):
         pixels = pixel_values.contiguous(memory_format=torch.channels_last)
         maps = encode_image(self.segmenter, pixels)
         logits = decode_masks(self.segmenter, maps, any_lesion_prompt(self.segmenter, len(pixels)))
-        logits = functional.interpolate(logits, pixels.shape[-2:], mode="bilinear", align_corners=False)
+        logits = functional.interpolate(logits.float(), pixels.shape[-2:], mode="bilinear", align_corners=False)
         parts = [lesion_masks(mask) for mask in (logits[:, 0] > 0).cpu().numpy()]
-        grid, regions = grid_tokens(maps), region_tokens(pixels, maps, parts)
+        # In half precision a coordinate would be off by a pixel.
+        exact = [plane.float() for plane in maps]
+        grid, regions = grid_tokens(exact), region_tokens(pixels.float(), exact, parts)
         grid = functional.pad(grid, (0, self.config.channels[1]))
         regions = functional.pad(regions, (self.config.channels[0], 0))
-        return torch.cat([grid, regions], dim=1)
+        return torch.cat([grid, regions], dim=1).to(pixel_values.dtype)
 
     def forward(
         self, pixel_values: Float[torch.Tensor, "batch *planes"], **kwargs: object
