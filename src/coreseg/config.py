@@ -33,7 +33,8 @@ class SftConfig:
     remeasure: change pictures at random and measure boxes and reasoning again on what came out. Only for reasoning by
     the measured describer; text by a teacher would no longer fit its picture.
     versions: how many changed versions of each picture `remeasure` makes; 0 makes a new one at every draw. With a few,
-    what nano's frozen vision tower sees is computed once a version and kept in memory (64 KB each).
+    what nano's frozen vision tower sees is computed once a version and kept in memory (24 KB each).
+    keep_maps: keep the segmenter's feature maps of every version too (1.4 MB each for nano, 44 MB at 1,024 px).
     with_reasoning: whether answers hold reasoning; without it texts are short, and boxes are most of them.
     attribute_share: share of questions about one of several lesions, where the picture allows.
     absent_share: share of questions about a category of another anatomy, answered by the absent form.
@@ -65,6 +66,7 @@ class SftConfig:
     train_decoder: bool = True
     remeasure: bool = False
     versions: int = 0
+    keep_maps: bool = False
     with_reasoning: bool = True
     attribute_share: float = 0.3
     absent_share: float = 0.05

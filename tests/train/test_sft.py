@@ -21,6 +21,7 @@ from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import CoreSegProcessor
 from coreseg.nano.vision import NanoVisionModel
 from coreseg.segmenter import Segmenter
+from coreseg.train import sft
 from coreseg.train.collate import Examples
 from coreseg.train.sft import (
     USUAL_TOKENS,
@@ -149,20 +150,24 @@ def test_two_processes_equal_one(nano: Path, phantoms: Path, tmp_path: Path) -> 
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_looks_that_are_kept_train_as_pixels_do(
+def test_what_is_kept_of_pictures_trains_as_pixels_do(
     nano: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _plain_descent(monkeypatch)
-    config = settings(nano, phantoms, tmp_path / "a", remeasure=True, versions=1, steps=6, batch_size=6)
+    config = settings(nano, phantoms, tmp_path / "a", remeasure=True, versions=1, keep_maps=True, steps=6, batch_size=6)
     towers: list[int] = []
-    stock = NanoVisionModel.look
-    monkeypatch.setattr(NanoVisionModel, "look", lambda self, pixels: towers.append(len(pixels)) or stock(self, pixels))
+    encoders: list[int] = []
+    look, encode = NanoVisionModel.look, sft.encode_image
+    monkeypatch.setattr(NanoVisionModel, "look", lambda self, pixels: towers.append(len(pixels)) or look(self, pixels))
+    monkeypatch.setattr(
+        sft, "encode_image", lambda model, pixels: encoders.append(len(pixels)) or encode(model, pixels)
+    )
     _, kept, _ = trained(config)
     pictures = sum(towers)
-    assert pictures < 36 and len(towers) <= 6
+    assert pictures < 36 and encoders == towers
     monkeypatch.setattr(SftTrainer, "_looked", lambda self, model, inputs, pictures: inputs)
-    _, fresh, _ = trained(replace(config, out=str(tmp_path / "b")))
-    assert sum(towers) == pictures + 36
+    _, fresh, _ = trained(replace(config, out=str(tmp_path / "b"), keep_maps=False))
+    assert sum(towers) == pictures + 36 and sum(encoders) == pictures
     for (name, one), (_, other) in zip(kept.named_parameters(), fresh.named_parameters(), strict=True):
         torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-3, msg=name)
 

@@ -8,7 +8,7 @@ output matrices trains beside LoRA; a rank of 0 trains the whole language model 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,7 @@ from coreseg.model.assemble import freeze_all_but_heads, load_parts
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
 from coreseg.nano.vision import NanoVisionModel
+from coreseg.sam2 import FeatureMaps, encode_image
 from coreseg.segmenter import Segmenter
 from coreseg.train.collate import Draws, Example, Examples, stretch_mask
 from coreseg.train.losses import dice_ce
@@ -148,6 +149,28 @@ def text_loss(
     return (each * weights).sum(1).mean() / USUAL_TOKENS
 
 
+class Kept:
+    """What a frozen part of the model saw in each picture, computed once and kept in memory, in half precision."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, list[torch.Tensor]] = {}
+
+    @torch.no_grad()
+    def of(
+        self,
+        pictures: Sequence[str],
+        pixels: Float[torch.Tensor, "batch 3 _ _"],
+        look: Callable[[torch.Tensor], list[torch.Tensor]],
+    ) -> list[torch.Tensor]:
+        """What `look` gives for the batch, as `pixels` are; only pictures that are new are looked at."""
+        new = [row for row, name in enumerate(pictures) if name not in self._seen]
+        if new:
+            levels = [level.half().cpu() for level in look(pixels[new])]
+            self._seen.update(zip((pictures[row] for row in new), map(list, zip(*levels, strict=True)), strict=True))
+        rows = zip(*(self._seen[name] for name in pictures), strict=True)
+        return [torch.stack(level).to(pixels) for level in rows]
+
+
 class SftTrainer(Trainer):
     """`Trainer` with this stage's loss, two learning rates, and rows drawn by set size."""
 
@@ -157,7 +180,7 @@ class SftTrainer(Trainer):
         # The loss is a mean over its own rows, so that Trainer has to divide by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.parts: dict[str, float] = {}
-        self.kept_looks: dict[str, Float[torch.Tensor, "channels rows columns"]] = {}
+        self.kept_looks, self.kept_maps = Kept(), Kept()
 
     def compute_loss(
         self,
@@ -169,11 +192,13 @@ class SftTrainer(Trainer):
         """Text and mask loss of one batch."""
         batch: Batch = inputs["batch"]
         wants_mask = self.settings.mask_weight > 0
+        maps = self._encoded(model, batch, inputs["pictures"]) if wants_mask else None
         output = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             reasoner_inputs=self._looked(model, batch.reasoner_inputs, inputs["pictures"]),
-            segmenter_pixels=batch.segmenter_pixels if wants_mask else None,
+            segmenter_pixels=batch.segmenter_pixels if wants_mask and maps is None else None,
+            segmenter_maps=maps,
             segmenter_boxes=batch.segmenter_boxes,
         )
         text = text_loss(output.logits, batch, self.settings.box_weight)
@@ -192,22 +217,24 @@ class SftTrainer(Trainer):
             logs.update({name: round(value, 4) for name, value in self.parts.items()})
         super().log(logs, *args, **kwargs)
 
-    @torch.no_grad()
     def _looked(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], pictures: Sequence[str | None]
     ) -> dict[str, torch.Tensor]:
-        """The reasoner's inputs, pixels replaced by what nano's tower saw in the same picture before."""
-        if None in pictures:
-            return inputs
+        """The reasoner's inputs, pixels replaced by what nano's tower sees in them, kept by picture."""
         tower = next((part for part in model.modules() if isinstance(part, NanoVisionModel)), None)
-        if tower is None:
+        if tower is None or None in pictures:
             return inputs
-        pixels, names = inputs["pixel_values"], cast(list[str], pictures)
-        new = [row for row, name in enumerate(names) if name not in self.kept_looks]
-        if new:
-            maps = tower.look(pixels[new]).half().cpu()
-            self.kept_looks.update(zip((names[row] for row in new), maps, strict=True))
-        return inputs | {"pixel_values": torch.stack([self.kept_looks[name] for name in names]).to(pixels)}
+        names, look = cast(Sequence[str], pictures), tower.look
+        (tokens,) = self.kept_looks.of(names, inputs["pixel_values"], lambda pixels: [look(pixels)])
+        return inputs | {"pixel_values": tokens}
+
+    def _encoded(self, model: nn.Module, batch: Batch, pictures: Sequence[str | None]) -> FeatureMaps | None:
+        """The frozen image encoder's maps, kept by picture; None where the settings do not keep them."""
+        if not self.settings.keep_maps or None in pictures:
+            return None
+        segmenter = next(part for part in model.modules() if isinstance(part, CoreSeg)).segmenter
+        names = cast(Sequence[str], pictures)
+        return self.kept_maps.of(names, batch.segmenter_pixels, lambda pixels: encode_image(segmenter, pixels))
 
     def _keep(self, name: str, value: torch.Tensor) -> None:
         old = self.parts.get(name, value.item())
