@@ -51,6 +51,11 @@ def build_segmenter() -> EdgeTamModel:
     features = model.vision_encoder.backbone.timm_model
     missing = features.load_state_dict({k: named[k] for k in features.state_dict()}, strict=True)
     assert not missing.missing_keys
+    # SAM's own start is PyTorch's usual one. transformers' 0.02 everywhere is so weak at this width that prompts never
+    # get through: a decoder trained from there gives the same mask whatever it is prompted with.
+    for part in (*model.prompt_encoder.modules(), *model.mask_decoder.modules()):
+        if isinstance(part, torch.nn.Linear | torch.nn.Embedding | torch.nn.ConvTranspose2d):
+            part.reset_parameters()
     # Prompts and image must speak of the same positions; EdgeTAM's class leaves the two copies independent.
     model.prompt_encoder.shared_embedding.load_state_dict(model.shared_image_embedding.state_dict())
     return model

@@ -62,7 +62,7 @@ def spatial_prompt(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A jittered box or a point, as (batch, 1, 3, channels), and the mask it asks for, (batch, 1, side, side).
 
-    It means one of several lesions, or all of them, in equal parts; a point always means one. So the decoder learns to
+    A box means one of several lesions, seldom all of them; a point always means one. So the decoder learns to
     be told where. An empty mask gets the "any lesion" prompt again, since there is nothing to point at.
     """
     boxes = torch.zeros(len(masks), 1, 4)
@@ -75,7 +75,7 @@ def spatial_prompt(
         if not len(lesions):
             continue
         use_box[row] = rng.random() < 0.7
-        if not use_box[row] or rng.random() < 0.5:
+        if not use_box[row] or rng.random() < 0.7:
             mask = lesions[int(rng.integers(len(lesions)))]
             wanted[row, 0] = torch.from_numpy(mask)
         if use_box[row]:
