@@ -70,17 +70,13 @@ class Segmenter:
         for question in questions:
             check_question(question)
         pictures = [read_image(image) for image in images]
-        batch = self.processor(pictures, questions)
+        batch = self.processor(pictures, questions).to(self.model.device, self.model.dtype)
         grammar = self.processor.grammar
-        device, dtype = self.model.device, self.model.dtype
         generated = self.model.generate(
-            input_ids=batch.input_ids.to(device),
-            attention_mask=batch.attention_mask.to(device),
-            reasoner_inputs={
-                key: value.to(device, dtype if value.is_floating_point() else None)
-                for key, value in batch.reasoner_inputs.items()
-            },
-            segmenter_pixels=batch.segmenter_pixels.to(device, dtype),
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            reasoner_inputs=batch.reasoner_inputs,
+            segmenter_pixels=batch.segmenter_pixels,
             max_new_tokens=max(grammar.max_tokens(frame) for frame in batch.frames_wh),
             eos_token_id=self.processor.tokenizer.eos_token_id,
             pad_token_id=self.processor.tokenizer.pad_token_id,

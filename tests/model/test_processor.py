@@ -51,6 +51,17 @@ def test_the_mask_marker_spelled_in_the_reasoning_stays_text(processor: CoreSegP
     assert processor.encode_answer(answer).count(processor.config.seg_token_id) == 1
 
 
+def test_a_batch_moves_as_a_whole(processor: CoreSegProcessor, pictures: list[np.ndarray]) -> None:
+    """The "meta" device stands in for a GPU: whatever stays behind would meet the model there."""
+    batch = processor(pictures[:2], ["Where?"] * 2, ANSWERS[:2])
+    moved = batch.to("meta", torch.bfloat16)
+    for name, value in vars(moved).items():
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        for part in parts:
+            assert not isinstance(part, torch.Tensor) or part.is_meta, name
+    assert moved.segmenter_pixels.dtype == torch.bfloat16 and moved.input_ids.dtype == batch.input_ids.dtype
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_no_question_brings_markers_into_the_prompt(
     processor: CoreSegProcessor, pictures: list[np.ndarray], text: str

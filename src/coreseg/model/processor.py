@@ -48,6 +48,23 @@ class Batch:
     frames_wh: list[tuple[int, int]]
     segmenter_boxes: list[Float[torch.Tensor, "_ 4"]]
 
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Batch":
+        """The batch on a device, its pictures in `dtype` where one is given."""
+
+        def moved(value: torch.Tensor) -> torch.Tensor:
+            return value.to(device, dtype if value.is_floating_point() else None)
+
+        return replace(
+            self,
+            input_ids=moved(self.input_ids),
+            attention_mask=moved(self.attention_mask),
+            labels=moved(self.labels),
+            of_boxes=moved(self.of_boxes),
+            reasoner_inputs={key: moved(value) for key, value in self.reasoner_inputs.items()},
+            segmenter_pixels=moved(self.segmenter_pixels),
+            segmenter_boxes=[boxes.to(device) for boxes in self.segmenter_boxes],
+        )
+
 
 class CoreSegProcessor:
     """Holds the reasoner's processor and the segmenter's frame; saved beside the model in the same folder."""

@@ -190,7 +190,8 @@ class SftTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Text and mask loss of one batch."""
-        batch: Batch = inputs["batch"]
+        # Trainer moves tensors, not what holds them.
+        batch: Batch = inputs["batch"].to(self.args.device)
         wants_mask = self.settings.mask_weight > 0
         maps = self._encoded(model, batch, inputs["pictures"]) if wants_mask else None
         output = model(
