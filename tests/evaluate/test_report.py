@@ -75,6 +75,9 @@ def test_gain_is_paired(lesion_set: LesionSet, oracle: Any, scripted: Any, give:
         assert gains[mean]["mean"] == pytest.approx(100 - whole_image.summary[mean]["dice"]["mean"])
         assert gains[mean]["low"] <= gains[mean]["mean"] <= gains[mean]["high"]
     assert gain(gold, replace(gold, records=())) is None
+    boxes = gain(gold, whole_image, "detect")
+    assert boxes is not None
+    assert boxes["pooled"]["mean"] == pytest.approx(100 - whole_image.summary["pooled"]["detect"]["mean"])
 
 
 def test_summary_is_plain_json(lesion_set: LesionSet, oracle: Any, tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,6 +28,10 @@ _HEADLINES = {
     "near_miss": "Dice below 0.05",
     "detect": "detect score",
     "wrong_category": "wrong category",
+}
+_GAINS: Mapping[Literal["dice", "detect"], str] = {
+    "dice": "mDice gained, paired",
+    "detect": "detect score gained, paired",
 }
 _PRESENCE = {"sensitivity": "sensitivity", "specificity": "specificity", "invalid_lesion_free": "  invalid form"}
 _PAIRS = {"dice": "mDice with the asked lesion", "other": "mDice with the other one"}
@@ -87,17 +92,26 @@ def summary(evaluation: Evaluation, baselines: Sequence[Evaluation] = ()) -> dic
         "settings": evaluation.settings,
         **evaluation.summary,
         "baselines": {
-            each.name: {"settings": each.settings, **each.summary, "gain": gain(evaluation, each)} for each in baselines
+            each.name: {
+                "settings": each.settings,
+                **each.summary,
+                "gain": gain(evaluation, each),
+                "detect_gain": gain(evaluation, each, "detect"),
+            }
+            for each in baselines
         },
     }
 
 
-def gain(evaluation: Evaluation, baseline: Evaluation) -> dict[str, dict[str, float]] | None:
-    """By how much Dice is above the baseline's on the same lesion-bearing rows, paired, pooled and macro, in %.
+def gain(
+    evaluation: Evaluation, baseline: Evaluation, score: Literal["dice", "detect"] = "dice"
+) -> dict[str, dict[str, float]] | None:
+    """By how much a score is above the baseline's on the same lesion-bearing rows, paired, pooled and macro, in %.
 
     None where they share no such row.
     """
-    theirs = {(each.file_name, each.category): each.dice for each in baseline.records if not each.attribute}
+    scored = attrgetter(score)
+    theirs = {(each.file_name, each.category): scored(each) for each in baseline.records if not each.attribute}
     rows = [
         each
         for each in evaluation.records
@@ -105,7 +119,7 @@ def gain(evaluation: Evaluation, baseline: Evaluation) -> dict[str, dict[str, fl
     ]
     if not rows:
         return None
-    gains = [100 * (each.dice - theirs[each.file_name, each.category]) for each in rows]
+    gains = [100 * (scored(each) - theirs[each.file_name, each.category]) for each in rows]
     cases, sets = [each.drawn_with for each in rows], [each.source for each in rows]
     return {
         "pooled": {"mean": sum(gains) / len(gains), **asdict(bootstrap_interval(gains, cases))},
@@ -140,10 +154,10 @@ def _headline_table(title: str, mean: str, columns: Sequence[Evaluation]) -> Tab
     if columns[0].summary[mean]:
         for key, label in _HEADLINES.items():
             table.add_row(label, *(_cell(each.summary[mean][key]) for each in columns))
-        gains = [gain(columns[0], each) for each in columns[1:]]
-        if gains:
-            cells = [_cell(each[mean] if each else None, sign=True) for each in gains]
-            table.add_row("mDice gained, paired", "", *cells)
+        for score, label in _GAINS.items():
+            gains = [gain(columns[0], each, score) for each in columns[1:]]
+            if gains:
+                table.add_row(label, "", *(_cell(each[mean] if each else None, sign=True) for each in gains))
     return table
 
 
