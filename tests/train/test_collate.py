@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from coreseg.config import SftConfig
 from coreseg.masks import mask_to_boxes
 from coreseg.model.processor import CoreSegProcessor
+from coreseg.testing import write_phantom_set
 from coreseg.train.collate import Draws, Example, Examples
 from coreseg.train.sft import Collator
 from coreseg.types import Answer
@@ -31,6 +33,18 @@ def test_boxes_are_those_of_the_changed_mask(phantoms: Path) -> None:
         example = rows[(draw % len(rows), draw)]
         assert np.array_equal(np.array(example.answer.boxes).reshape(-1, 4), mask_to_boxes(example.mask))
         assert example.answer.found == bool(example.answer.boxes)
+
+
+def test_what_may_be_there_is_never_called_absent(tmp_path: Path) -> None:
+    """Every anatomy of the phantoms knows both kinds, so a row of one must not deny the other."""
+    phantoms = examples(write_phantom_set(tmp_path, 12, seed=0, size_wh=(48, 40), two_kinds=1.0), absent_share=1.0)
+    for row, (_, sample) in enumerate(phantoms.rows):
+        assert phantoms[(row, row)].answer.category == sample.category
+    own = replace(phantoms.rows[0][1], category="cyst")
+    others = [("thyroid", "thyroid cyst"), ("colon", "polyp")]
+    known = [replace(own, anatomy=anatomy, category=category) for anatomy, category in others]
+    mixed = Examples([(phantoms.rows[0][0], sample) for sample in (own, *known)], phantoms.config)
+    assert {mixed[(0, draw)].answer.category for draw in range(8)} == {"polyp"}, "a thyroid cyst is a cyst"
 
 
 def test_draws_follow_the_weights_and_the_seed() -> None:

@@ -205,10 +205,11 @@ def weights_after(config: SftConfig) -> dict[str, torch.Tensor]:
     return load_file(last / "model.safetensors")
 
 
-def test_a_resumed_run_goes_on_as_if_never_stopped(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 2], ids=["whole", "lora"])
+def test_a_resumed_run_goes_on_as_if_never_stopped(nano: Path, phantoms: Path, tmp_path: Path, rank: int) -> None:
     import shutil
 
-    config = settings(nano, phantoms, tmp_path / "run", steps=4, save_every=2, remeasure=True)
+    config = settings(nano, phantoms, tmp_path / "run", steps=4, save_every=2, remeasure=True, lora_rank=rank)
     uninterrupted = weights_after(config)
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     resumed = weights_after(config)

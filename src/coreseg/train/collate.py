@@ -101,7 +101,10 @@ class Examples(Dataset[Example]):
             chosen = attributes[int(rng.integers(len(attributes)))]
             question, mask = chosen.text, chosen.mask
         elif rng.random() < self.config.absent_share:
-            elsewhere = [c for anatomy, c in self._categories if anatomy != sample.anatomy and c != category]
+            # What is known of this anatomy may well be in the picture, in a row of its own or by a wider name.
+            here = [c for anatomy, c in self._categories if anatomy == sample.anatomy]
+            others = sorted({c for _, c in self._categories})
+            elsewhere = [c for c in others if not any(c in known or known in c for known in here)]
             if elsewhere:
                 category, mask = elsewhere[int(rng.integers(len(elsewhere)))], np.zeros_like(mask)
                 question = ask(category, rng)

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from coreseg import config as settings
 from coreseg.config import SftConfig
-from coreseg.errors import ConfigError, MissingExtraError
+from coreseg.errors import ConfigError, MissingExtraError, ModelError
 from coreseg.imaging import overlay
 from coreseg.metrics import detect_score, dice
 from coreseg.model.assemble import freeze_all_but_heads, load_parts
@@ -258,6 +258,30 @@ class SftTrainer(Trainer):
                 weight_decay=self.settings.weight_decay,
             )
         return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """A checkpoint's weights under the modules' own names: Trainer reads them back by those."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(
+            output_dir or self.args.output_dir,
+            state_dict=state_dict,
+            is_main_process=self.args.should_save,
+            save_original_format=False,
+        )
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that left weights as they were; Trainer would only warn, and train on from there."""
+        assert self.model is not None
+        state, missing = self.model.state_dict(), set(load_result.missing_keys)
+        loaded = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}
+        # A tied weight is read under its other name.
+        lost = sorted(name for name in missing if state[name].data_ptr() not in loaded)
+        if lost or load_result.unexpected_keys:
+            example = [*lost, *load_result.unexpected_keys][0]
+            raise ModelError(
+                f"the last checkpoint in {self.settings.out} does not fit the model ({example}, for one); "
+                "delete that checkpoint to go on from the one before, or start again in another folder"
+            )
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Draws:
         """The whole run's draws, those of every process together."""
