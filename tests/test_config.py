@@ -1,5 +1,6 @@
 """Settings: TOML and overrides in, one clear error for every slip, and the same settings back from the saved file."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,10 @@ def test_a_missing_file_and_missing_settings_are_named(tmp_path: Path) -> None:
 
 
 def test_every_setting_is_explained() -> None:
-    assert [field.name for field in fields(SftConfig) if field.name not in (SftConfig.__doc__ or "")] == []
+    explained = set[str]()
+    for names in re.findall(r"((?:\b\w+, )*\b\w+):", SftConfig.__doc__ or ""):
+        explained |= set(names.split(", "))
+    assert {field.name for field in fields(SftConfig)} <= explained
 
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -121,11 +125,3 @@ def test_saved_settings_load_as_they_were(tmp_path_factory: pytest.TempPathFacto
     file = tmp_path_factory.getbasetemp() / "resolved.toml"
     save(settings, file)
     assert load(SftConfig, file) == settings
-
-
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-
-
-@pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("sft.toml")), ids=lambda path: path.parent.name)
-def test_stage_1_of_every_recipe_is_valid(recipe: Path) -> None:
-    load(SftConfig, recipe)

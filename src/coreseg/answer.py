@@ -174,7 +174,7 @@ class AnswerGrammar:
     def walk(self, frame_wh: tuple[int, int]) -> Walk:
         """One answer, token by token: yields the ids allowed next and is sent the id that was chosen."""
         yield from self._forced("<think>")
-        yield from self._free(self._prose_start, self._prose, self._reasoning_budget, (" </think><answer>",))
+        yield from self._free(self._prose_start, self._prose, self._reasoning_budget, (" </think><answer>",), least=0)
         if (yield from self._choice({" The": "there", " No": "absent"})) == "absent":
             yield from self._free(self._words_start, self._words, self._category_budget, (" is visible. </answer>",))
         else:
@@ -225,18 +225,18 @@ class AnswerGrammar:
             if len(left) == 1 and len(next(iter(left))) == position:
                 return next(iter(left.values()))
 
-    def _free(self, start: Int[np.ndarray, " start"], ids: Allowed, budget: int, ends: tuple[str, ...]) -> Walk:
-        """One to `budget` tokens of free text, then one of `ends`, whose first token always means the end."""
+    def _free(
+        self, start: Int[np.ndarray, " start"], ids: Allowed, budget: int, ends: tuple[str, ...], least: int = 1
+    ) -> Walk:
+        """`least` (0 or 1) to `budget` tokens of free text, then one of `ends`, whose first token always means the end."""
         endings = [self._ids(end) for end in ends]
         first = np.array([ending[0] for ending in endings])
         inside = np.union1d(ids, first)
-        yield np.setdiff1d(start, first)
-        for _ in range(budget - 1):
-            token = yield inside
-            if token in first:
-                break
-        else:
-            token = yield first
+        token = yield np.setdiff1d(start, first) if least else np.union1d(start, first)
+        written = 1
+        while token not in first:
+            token = yield inside if written < budget else first
+            written += 1
         ending = endings[int(np.flatnonzero(first == token)[0])]
         for forced in ending[1:]:
             yield np.array([forced])

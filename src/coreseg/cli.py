@@ -79,7 +79,7 @@ def segment(
 
     Prints the reasoning and the answer; writes NAME.mask.png, NAME.overlay.png and NAME.json.
 
-    Example: coreseg segment examples/breast_ultrasound.png "Where is the breast tumor?"
+    Example: coreseg segment examples/breast_ultrasound.jpg "Where is the breast tumor?"
     """
     *sources, question = words
     if os.path.exists(question):  # not Path.exists, which fails on a text too long for a file's name
@@ -212,7 +212,7 @@ def evaluate(
 
     from coreseg.data.store import LesionSet
     from coreseg.evaluate.baselines import BlindBaseline
-    from coreseg.evaluate.report import evaluate_and_report, print_table, summary
+    from coreseg.evaluate.report import evaluate_and_report, print_table, summary, write_summary
     from coreseg.evaluate.run import Evaluation
     from coreseg.evaluate.run import evaluate as run
 
@@ -226,12 +226,17 @@ def evaluate(
         "limit": limit,
         "progress": not as_json and sys.stderr.isatty(),
     }
-    console = None if as_json else Console()
+    # The tables are made for 120 columns; where nobody watches they get them.
+    console = None if as_json else Console(width=None if sys.stdout.isatty() else 120)
     others: list[Evaluation] = []
     if model == "blind":
+        if free or question_blind or device or dtype:
+            raise InputError("--free, --question-blind, --device and --dtype are for models; the blind guess has none")
         done = run(lesions, BlindBaseline.fit(lesions), **options)
         if console:
             print_table(done, [], console)
+        if out:
+            write_summary(out / "summary.json", done)
     else:
         _quiet_transformers()
         from coreseg.evaluate.predictors import ModelPredictor, QuestionBlind

@@ -92,6 +92,8 @@ class SftConfig:
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         for name in ("attribute_share", "absent_share"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+        kept = not self.keep_maps or (self.remeasure and self.versions > 0)
+        _require(kept, "keep_maps", self.keep_maps, "false where remeasure and versions do not say what to keep")
         _require(self.precision in ("fp32", "bf16", "fp16"), "precision", self.precision, "fp32, bf16 or fp16")
         _require(bool(self.data), "data", self.data, "at least one data-set folder")
         for source, weight in (self.source_weights or {}).items():

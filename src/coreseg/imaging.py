@@ -300,6 +300,8 @@ def _array_to_rgb(values: np.ndarray, name: str) -> UInt8[np.ndarray, "height wi
     if channels.shape[2] == 4:
         alpha = channels[..., 3:]
         opaque = np.iinfo(alpha.dtype).max if alpha.dtype.kind in "ui" else 1
+        if alpha.dtype.itemsize > 2 and alpha.dtype.kind in "ui":  # 8 or 16 bits kept in a wider type
+            opaque = 255 if alpha.max() <= 255 else 65535
         colour = (colour * np.clip(alpha / opaque, 0, 1) + 0.5).astype(np.uint8)
     return np.array(np.broadcast_to(colour, (*colour.shape[:2], 3)))
 

@@ -65,8 +65,18 @@ class Segmenter:
     def segment_batch(
         self, images: Sequence[Source], questions: Sequence[str], *, constrained: bool = True
     ) -> list[Result]:
-        """One question for each picture, answered together; the results equal those of one at a time."""
+        """One question for each picture, answered together.
+
+        The results are those of one at a time, but for pixels on a mask's very edge: sums in a batch are rounded in
+        another order. Raises InputError as `segment`, and where there are not as many questions as pictures.
+        """
         started = time.perf_counter()
+        if len(images) != len(questions):
+            raise InputError(
+                f"got {len(images)} pictures and {len(questions)} questions; expected one question for each picture"
+            )
+        if not len(images):
+            return []
         for question in questions:
             check_question(question)
         pictures = [read_image(image) for image in images]

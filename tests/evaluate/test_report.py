@@ -113,5 +113,5 @@ def test_a_split_without_lesions_still_prints(lesion_set: LesionSet, oracle: Any
     metadata.write_text("\n".join(lines) + "\n")
     console = page()
     print_table(evaluate(LesionSet.open(lesion_set.root), oracle, progress=False), console=console)
-    assert "Headlines" not in text_of(console)
+    assert "Rows with the lesion" not in text_of(console)
     assert row_of(text_of(console), "specificity") == ["100.0 [100.0, 100.0]"]

@@ -1,20 +1,38 @@
 """One plain gradient step of stage 1, by as many processes as the launcher says; the first one saves the weights.
 
-python tests/train/one_step.py MODEL DATA OUT ROWS_A_PROCESS
+python tests/train/one_step.py MODEL DATA OUT ROWS_A_PROCESS [MUTED]
+
+The first MUTED draws get an answer without a `<seg>`.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from coreseg.config import SftConfig
 from coreseg.model.assemble import load_parts
-from coreseg.train.collate import Examples
+from coreseg.train.collate import Example, Examples
 from coreseg.train.sft import Collator, SftTrainer, prepare, training_arguments
+from coreseg.types import Answer
+
+
+class PartlyMuted(Examples):
+    muted = 0
+
+    def __getitem__(self, drawn: tuple[int, int]) -> Example:
+        example = super().__getitem__(drawn)
+        if drawn[1] >= self.muted:
+            return example
+        answer = Answer(example.answer.category, (), "Nothing.", found=False)
+        return replace(example, mask=np.zeros_like(example.mask), answer=answer)
+
 
 if __name__ == "__main__":
-    model_path, data, out, rows = sys.argv[1:]
+    model_path, data, out, rows, *muted = sys.argv[1:]
+    PartlyMuted.muted = int(muted[0]) if muted else 0
     torch.optim.AdamW = lambda groups, betas, weight_decay: torch.optim.SGD(groups)  # type: ignore[misc, assignment]
     config = SftConfig(
         model=model_path, data=(data,), out=out, steps=1, batch_size=int(rows), warmup_steps=0, lora_rank=0,
@@ -26,7 +44,7 @@ if __name__ == "__main__":
     trainer = SftTrainer(
         model=model,
         args=training_arguments(config),
-        train_dataset=Examples.open(config, "train"),
+        train_dataset=PartlyMuted.open(config, "train"),
         data_collator=Collator(processor),
         settings=config,
     )

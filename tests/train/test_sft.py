@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from coreseg.config import SftConfig
-from coreseg.errors import ConfigError, DataError
+from coreseg.errors import ConfigError, DataError, ModelError
 from coreseg.model.assemble import load_parts
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import CoreSegProcessor
@@ -116,7 +116,7 @@ def test_four_times_two_equals_eight(
         torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def stepped(nano: Path, phantoms: Path, out: Path, processes: int) -> dict[str, torch.Tensor]:
+def stepped(nano: Path, phantoms: Path, out: Path, processes: int, muted: int = 0) -> dict[str, torch.Tensor]:
     """The weights after one step of four rows, cut over so many gloo processes."""
     out.mkdir()
     with socket.socket() as free:
@@ -127,7 +127,7 @@ def stepped(nano: Path, phantoms: Path, out: Path, processes: int) -> dict[str, 
     alone = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
-            [*command, str(4 // processes)],
+            [*command, str(4 // processes), str(muted)],
             env=os.environ | alone | (shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -141,9 +141,10 @@ def stepped(nano: Path, phantoms: Path, out: Path, processes: int) -> dict[str, 
     return weights
 
 
-def test_two_processes_equal_one(nano: Path, phantoms: Path, tmp_path: Path) -> None:
-    one = stepped(nano, phantoms, tmp_path / "one", 1)
-    two = stepped(nano, phantoms, tmp_path / "two", 2)
+@pytest.mark.parametrize("muted", [0, 2], ids=["all", "one process without a mask"])
+def test_two_processes_equal_one(nano: Path, phantoms: Path, tmp_path: Path, muted: int) -> None:
+    one = stepped(nano, phantoms, tmp_path / "one", 1, muted)
+    two = stepped(nano, phantoms, tmp_path / "two", 2, muted)
     start = load_parts(nano)[0].state_dict()
     assert any(not torch.equal(one[name], start[name]) for name in one)
     for name, tensor in one.items():
@@ -229,14 +230,48 @@ def test_a_run_leaves_a_checkpoint_that_opens(nano: Path, phantoms: Path, tmp_pa
     assert result.valid and result.mask.shape == example.mask.shape
 
 
-def test_a_folder_of_another_run_is_refused(nano: Path, phantoms: Path, tmp_path: Path) -> None:
-    from coreseg.train.sft import _claim
+def test_a_run_that_validates_nothing_opens_too(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    run = train_sft(settings(nano, phantoms, tmp_path / "run", steps=1, eval_samples=0))
+    assert Segmenter.from_pretrained(run, device="cpu").model.config.seg_token_id is not None
 
-    config = settings(nano, phantoms, tmp_path / "run")
-    _claim(tmp_path / "run", config)
-    _claim(tmp_path / "run", copy.copy(config))
+
+def test_a_folder_of_another_run_is_refused(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    config = settings(nano, phantoms, tmp_path / "run", steps=1)
+    train_sft(config)
+    train_sft(copy.copy(config))
     with pytest.raises(ConfigError, match="other settings"):
-        _claim(tmp_path / "run", settings(nano, phantoms, tmp_path / "run", steps=5))
+        train_sft(replace(config, steps=5))
+
+
+def test_a_slip_does_not_claim_the_folder(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    config = settings(nano, phantoms, tmp_path / "run")
+    with pytest.raises(DataError):
+        train_sft(replace(config, data=(str(tmp_path / "nowhere"),)))
+    with pytest.raises(ModelError):
+        train_sft(replace(config, model=str(tmp_path / "nowhere")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_a_checkpoint_is_passed_over(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    config = settings(nano, phantoms, tmp_path / "run", steps=2, save_every=1)
+    train_sft(config)
+    (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").unlink()
+    assert train_sft(config) == tmp_path / "run"
+    assert (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    config = settings(nano, phantoms, tmp_path / "run", steps=2, save_every=1)
+    train_sft(config)
+    (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").unlink()
+    file = tmp_path / "run" / "checkpoint-1" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["adapter.renamed"] = tensors.pop("adapter.pool.queries")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="does not fit the model .adapter.pool.queries, for one"):
+        train_sft(config)
 
 
 def test_a_set_without_training_rows_is_refused(nano: Path, phantoms: Path, tmp_path: Path) -> None:

@@ -63,9 +63,10 @@ class QuestionBlind:
         model, processor = self.segmenter.model, self.segmenter.processor
         pixels = torch.cat([processor.segmenter_pixels(image) for image in images])
         logits = model.question_blind(pixels.to(model.device, model.dtype))
+        masks = [processor.mask_from_logits(row, image.shape[:2]) for row, image in zip(logits, images, strict=True)]
+        seconds = (time.perf_counter() - started) / len(images)
         results = []
-        for sample, image, row in zip(samples, images, logits, strict=True):
-            mask = processor.mask_from_logits(row, image.shape[:2])
+        for sample, image, mask in zip(samples, images, masks, strict=True):
             found = bool(mask.any())
             boxes = mask_to_boxes(mask)
             written = box_tuples(boxes)
@@ -79,7 +80,7 @@ class QuestionBlind:
                     text=render(answer),
                     found=found,
                     valid=True,
-                    seconds=(time.perf_counter() - started) / len(images),
+                    seconds=seconds,
                     image=image,
                 )
             )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -14,7 +15,7 @@ from transformers import (
 
 from coreseg.answer import SEG_TOKEN
 from coreseg.errors import ModelError
-from coreseg.model.core_seg import SEGMENTER_FAMILY, CoreSeg, CoreSegConfig, Probe
+from coreseg.model.core_seg import SEGMENTER_FAMILY, CoreSeg, CoreSegConfig, Probe, fresh_adapter
 from coreseg.model.processor import CoreSegProcessor
 
 EMBEDDED = "nano"
@@ -34,8 +35,9 @@ def assemble(
     """A fresh CORE-Seg in `out` from two checkpoints, each a folder or a hub name, with an untrained adapter.
 
     `<seg>` is added to the tokenizer; the embeddings grow only where no spare row is left, and never shrink.
-    Raises ModelError where either is missing or of another kind.
+    Raises ModelError where either is missing or of another kind, or where `out` is not empty.
     """
+    _check_empty(out)
     try:
         processor = AutoProcessor.from_pretrained(reasoner)
         talks = AutoModelForImageTextToText.from_pretrained(reasoner, dtype=dtype or "auto")
@@ -90,8 +92,9 @@ def join(
         segmenter_std=segmenter_std,
         **settings,
     )
-    model = CoreSeg(config)
-    model.reasoner, model.segmenter = reasoner, segmenter
+    with torch.device("meta"):  # both halves are there already; random ones of their size would be made for nothing
+        model = CoreSeg(config)
+    model.reasoner, model.segmenter, model.adapter = reasoner, segmenter, fresh_adapter(config)
     segmenter.mask_decoder.dynamic_multimask_via_stability = False
     segmenter.vision_encoder.requires_grad_(False)
     model.adapter.start_at(segmenter.prompt_encoder.not_a_point_embed.weight)
@@ -131,11 +134,18 @@ def load_parts(name_or_path: str | Path, dtype: torch.dtype | None = None) -> tu
             raise ModelError(
                 f"{name_or_path} holds a {kind!r}, not a CORE-Seg; join it with a segmenter by `coreseg assemble`"
             )
-        model = CoreSeg.from_pretrained(place, dtype=dtype or torch.float32)
+        model, loaded = CoreSeg.from_pretrained(place, dtype=dtype or torch.float32, output_loading_info=True)
+        if loaded["missing_keys"]:
+            # transformers would fill them with random numbers: a mask from those is worse than none.
+            missing = sorted(loaded["missing_keys"])
+            raise ModelError(
+                f"model {name_or_path}: {len(missing)} weights are missing ({missing[0]}, for one); "
+                "copy or export the checkpoint again"
+            )
         # Loading makes every weight trainable again.
         model.segmenter.vision_encoder.requires_grad_(False)
         return model, CoreSegProcessor.from_pretrained(place)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {name_or_path}: cannot be loaded: {_first(error)}") from error
 
 
@@ -156,6 +166,11 @@ def _kind(folder: Path) -> str:
     return kind
 
 
+def _check_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(f"{out} is not empty; give a new folder")
+
+
 def _first(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
@@ -167,8 +182,7 @@ def export(run: str | Path, out: Path, dtype: str = "bfloat16", shard_size: str 
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    if out.exists() and any(out.iterdir()):
-        raise ModelError(f"{out} is not empty; give a new folder")
+    _check_empty(out)
     model, processor = load_parts(run, DTYPES[dtype])
     model.save_pretrained(out, max_shard_size=shard_size)
     processor.save_pretrained(out)

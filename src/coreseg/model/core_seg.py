@@ -138,15 +138,7 @@ class CoreSeg(PreTrainedModel):
                 + ", ".join(SEGMENTER_FAMILY)
             )
         self.reasoner = AutoModelForImageTextToText.from_config(config.reasoner_config)
-        text = config.reasoner_config.get_text_config()
-        self.adapter = SemanticPromptAdapter(
-            reasoner_width=text.hidden_size,
-            width=config.segmenter_config.mask_decoder_config.hidden_size,
-            tokens=config.adapter_tokens,
-            queries=config.adapter_queries,
-            blocks=config.adapter_blocks,
-            heads=config.adapter_heads,
-        )
+        self.adapter = fresh_adapter(config)
         self.segmenter = AutoModelForMaskGeneration.from_config(config.segmenter_config)
         # It swaps masks in eval mode only, so that training and inference would disagree.
         self.segmenter.mask_decoder.dynamic_multimask_via_stability = False
@@ -211,6 +203,8 @@ class CoreSeg(PreTrainedModel):
         if self.config.probe == "seg":
             return last_seg
         opening = self.config.answer_token_ids
+        if ids.shape[1] < len(opening):
+            return torch.zeros_like(last_seg)
         windows = ids.unfold(1, len(opening), 1) == torch.tensor(opening, device=ids.device)
         opened = nn.functional.pad(windows.all(-1), (len(opening) - 1, 0))
         until_seg: torch.Tensor = last_seg.flip(1).cumsum(1).flip(1) > 0
@@ -296,6 +290,18 @@ class CoreSeg(PreTrainedModel):
             for row, logits in zip(numbers, decoded, strict=True):
                 mask_logits[row] = logits
         return Generation(ids=rows, mask_logits=mask_logits)
+
+
+def fresh_adapter(config: CoreSegConfig) -> SemanticPromptAdapter:
+    """An untrained adapter that fits between the two halves."""
+    return SemanticPromptAdapter(
+        reasoner_width=config.reasoner_config.get_text_config().hidden_size,
+        width=config.segmenter_config.mask_decoder_config.hidden_size,
+        tokens=config.adapter_tokens,
+        queries=config.adapter_queries,
+        blocks=config.adapter_blocks,
+        heads=config.adapter_heads,
+    )
 
 
 def _rest_frozen(module: nn.Module) -> None:

@@ -8,8 +8,10 @@ output matrices trains beside LoRA; a rank of 0 trains the whole language model 
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,15 +45,15 @@ def train_sft(config: SftConfig) -> Path:
     """Run stage 1 and return the run folder, which `Segmenter.from_pretrained` opens at once.
 
     A run folder that already holds checkpoints of the same settings is resumed from its last one. Raises ConfigError
-    where the folder belongs to other settings, DataError for data sets without training rows.
+    where the folder belongs to other settings, DataError for data sets without training rows, MissingExtraError
+    without the training libraries.
     """
-    out = Path(config.out)
-    _claim(out, config)
+    _check_extra()
+    examples, validation = Examples.open(config, "train"), Examples.open(config, "val")
     torch.manual_seed(config.seed)
     model, processor = load_parts(config.model)
     prepare(model, config)
-    examples = Examples.open(config, "train")
-    validation = Examples.open(config, "val")
+    out = _claim(config)
     trainer = SftTrainer(
         model=model,
         args=training_arguments(config),
@@ -60,8 +62,9 @@ def train_sft(config: SftConfig) -> Path:
         callbacks=[Watch(config, processor, validation)],
         settings=config,
     )
-    last = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    trainer.train(resume_from_checkpoint=str(last[-1]) if last else None)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(out))
+    if not (out / "best").exists() and trainer.is_world_process_zero():  # nothing was validated
+        save_checkpoint(model, processor, out / "best")
     return out
 
 
@@ -69,7 +72,6 @@ def prepare(model: CoreSeg, config: SftConfig) -> None:
     """Decide what trains: LoRA and the `<seg>` row (or the whole language model), the adapter, the mask decoder."""
     freeze_all_but_heads(model)
     model.segmenter.mask_decoder.requires_grad_(config.train_decoder and config.mask_weight > 0)
-    model.segmenter.no_memory_embedding.requires_grad_(False)
     model.adapter.requires_grad_(config.mask_weight > 0)
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha)
@@ -82,10 +84,7 @@ def prepare(model: CoreSeg, config: SftConfig) -> None:
 
 def add_lora(model: CoreSeg, rank: int, alpha: int) -> None:
     """Wrap the reasoner's language model in LoRA, with the `<seg>` row trainable in both matrices."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise MissingExtraError("training needs the extra: pip install 'coreseg[train]'") from error
+    from peft import LoraConfig, get_peft_model
 
     text = (
         "language_model"
@@ -291,8 +290,8 @@ class SftTrainer(Trainer):
 
 
 def training_arguments(config: SftConfig) -> TrainingArguments:
-    """The run's settings in Trainer's words."""
-    return TrainingArguments(
+    """The run's settings in Trainer's words. Raises ConfigError where one process would meet several GPUs."""
+    arguments = TrainingArguments(
         output_dir=config.out,
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
@@ -313,6 +312,12 @@ def training_arguments(config: SftConfig) -> TrainingArguments:
         disable_tqdm=False,
         ddp_find_unused_parameters=True,
     )
+    if arguments.n_gpu > 1:
+        raise ConfigError(
+            f"one process sees {arguments.n_gpu} GPUs; give each its own: torchrun --nproc-per-node {arguments.n_gpu} "
+            "--no-python coreseg train …, or show it one with CUDA_VISIBLE_DEVICES=0"
+        )
+    return arguments
 
 
 class Watch(TrainerCallback):
@@ -354,16 +359,19 @@ class Watch(TrainerCallback):
             part = self.examples[start : start + 16]
             results += segmenter.segment_batch([e.image for e in part], [e.question for e in part], constrained=False)
         pairs = list(zip(results, self.examples, strict=True))
-        dices = [dice(result.mask, example.mask) for result, example in pairs]
-        detects = [detect_score(r.boxes, np.array(e.answer.boxes).reshape(-1, 4)) for r, e in pairs]
+        there = [(result, example) for result, example in pairs if example.answer.found]
         figures = {
-            "dice": float(np.mean(dices)),
-            "detect": float(np.mean(detects)),
-            "valid": float(np.mean([result.valid for result in results])),
+            "dice": _mean([dice(result.mask, example.mask) for result, example in there]),
+            "detect": _mean([detect_score(result.boxes, example.answer.boxes) for result, example in there]),
+            "valid": _mean([result.valid for result in results]),
         }
         # Without a mask loss the boxes are what this run learns.
         figures["score"] = figures["dice"] if self.config.mask_weight > 0 else figures["detect"]
         return figures, [overlay(e.image, r.mask, r.boxes, reference=e.mask) for r, e in pairs[:12]]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else 0.0
 
 
 def _sheet(panels: Sequence[Any], side: int = 224) -> Any:
@@ -389,10 +397,29 @@ def save_checkpoint(model: CoreSeg, processor: CoreSegProcessor, path: Path) -> 
     processor.save_pretrained(path)
 
 
-def _claim(out: Path, config: SftConfig) -> None:
-    """The run folder, holding these settings; refused where it holds others."""
+def _check_extra() -> None:
+    """Raises MissingExtraError where a library of the extra is not installed."""
+    missing = [name for name in ("accelerate", "monai", "peft", "tensorboard") if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f"training needs {', '.join(missing)}: pip install 'coreseg[train]'")
+
+
+def _claim(config: SftConfig) -> Path:
+    """The run folder, holding these settings. Raises ConfigError where it holds others."""
+    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / SETTINGS_FILE
     if file.exists() and settings.load(SftConfig, file) != config:
         raise ConfigError(f"{out} holds a run with other settings ({file}); give another `out`, or delete that folder")
-    settings.save(config, file)
+    # Several processes write the same; after a rename nobody reads half of it.
+    part = file.with_suffix(f".{os.getpid()}.part")
+    settings.save(config, part)
+    part.replace(file)
+    return out
+
+
+def _last_checkpoint(out: Path) -> str | None:
+    """The newest of a run's checkpoints that was written to its end."""
+    # Trainer writes its state last.
+    written = [file.parent for file in out.glob("checkpoint-*/trainer_state.json")]
+    return str(max(written, key=lambda path: int(path.name.split("-")[1]))) if written else None

@@ -1,0 +1,36 @@
+"""Recipes fit the package: their settings load, and what their scripts import is there.
+
+The scripts themselves need libraries and pictures that the tests do without.
+"""
+
+import ast
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from coreseg.config import SftConfig, load
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def named(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("*.toml")), ids=named)
+def test_settings_are_valid(recipe: Path) -> None:
+    load(SftConfig, recipe)
+
+
+@pytest.mark.parametrize("script", sorted(RECIPES.rglob("*.py")), ids=named)
+def test_what_a_script_takes_from_the_package_is_there(script: Path) -> None:
+    taken = [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("coreseg")
+        for alias in node.names
+    ]
+    assert taken
+    for module, name in taken:
+        assert hasattr(import_module(module), name), f"{module}.{name}"
