@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -49,7 +49,7 @@ class Examples(Dataset[Example]):
         self._categories = sorted({(sample.anatomy, sample.category) for _, sample in rows})
 
     @classmethod
-    def open(cls, config: SftConfig, split: str) -> Self:
+    def open(cls, config: SftConfig, split: str) -> "Examples":
         """All rows of `split`; raises DataError where there is none to train on."""
         sets = [LesionSet.open(path) for path in config.data]
         rows = [(lesions, sample) for lesions in sets for sample in lesions.split(split)]
