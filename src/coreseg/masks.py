@@ -4,6 +4,8 @@ A mask is a boolean array, true on the lesion. Boxes are half-open integer pixel
 Pure NumPy and SciPy; nothing here reads a file.
 """
 
+from functools import lru_cache
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import ndimage, sparse
@@ -149,8 +151,8 @@ def resize_mask(
         grown = grown[:, _nearest(width, new_width)]
     if grown.shape == size_hw:
         return grown.copy() if grown is mask else grown
-    share = _overlaps(grown.shape[0], new_height) @ grown.astype(np.float32)
-    share = (_overlaps(grown.shape[1], new_width) @ share.T).T
+    share = area_shares(grown.shape[0], new_height) @ grown.astype(np.float32)
+    share = (area_shares(grown.shape[1], new_width) @ share.T).T
     return _keep_area(share)
 
 
@@ -158,8 +160,9 @@ def _nearest(from_px: int, to_px: int) -> Int[np.ndarray, " to_px"]:
     return (2 * np.arange(to_px) + 1) * from_px // (2 * to_px)
 
 
-def _overlaps(from_px: int, to_px: int) -> sparse.csr_array:
-    """Row i: the share of new pixel i that each old pixel covers, where the axis shrinks (or stays)."""
+@lru_cache
+def area_shares(from_px: int, to_px: int) -> sparse.csr_array:
+    """Row i: the share of new pixel i that each old pixel covers, along an axis that is stretched to `to_px`."""
     edges = np.union1d(np.arange(from_px + 1) * to_px, np.arange(to_px + 1) * from_px)
     starts, lengths = edges[:-1], np.diff(edges)
     weights = (lengths / from_px).astype(np.float32)

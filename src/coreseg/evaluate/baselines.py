@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from coreseg.answer import answer_sentence, render
 from coreseg.data.store import LesionSet
 from coreseg.errors import DataError
 from coreseg.evaluate.run import Images
+from coreseg.masks import area_shares
 from coreseg.types import Answer, Box, Result, Sample
 
 GRID = 128
@@ -105,19 +105,9 @@ def _resized(
     values: Float[np.ndarray, "_ _"] | Bool[np.ndarray, "_ _"], height: int, width: int
 ) -> Float[np.ndarray, "height width"]:
     """Each cell of the new grid is the mean over its area, so that the smallest lesion still counts for its area."""
-    resized: Float[np.ndarray, "height width"] = (
-        _shares(values.shape[0], height) @ values.astype(np.float32) @ _shares(values.shape[1], width).T
-    )
+    rows = area_shares(values.shape[0], height) @ values.astype(np.float32)
+    resized: Float[np.ndarray, "height width"] = (area_shares(values.shape[1], width) @ rows.T).T
     return resized
-
-
-@lru_cache
-def _shares(cells: int, new_cells: int) -> Float[np.ndarray, "new_cells cells"]:
-    """Which share of each new cell each old one covers, along an axis of length 1."""
-    old, new = np.linspace(0, 1, cells + 1), np.linspace(0, 1, new_cells + 1)[:, None]
-    covered = np.minimum(old[1:], new[1:]) - np.maximum(old[:-1], new[:-1])
-    shares: Float[np.ndarray, "new_cells cells"] = (covered.clip(min=0) * new_cells).astype(np.float32)
-    return shares
 
 
 def _largest_box(boxes: Sequence[Box], mask: Bool[np.ndarray, "height width"]) -> Float[np.ndarray, "4"]:

@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
 
 from coreseg.answer import answer_sentence, render
+from coreseg.evaluate.run import Images
 from coreseg.masks import box_tuples, mask_to_boxes
 from coreseg.model.assemble import find_checkpoint
 from coreseg.segmenter import Segmenter
 from coreseg.types import Answer, Result, Sample
-
-Images = Sequence[UInt8[np.ndarray, "_ _ 3"]]
 
 
 @dataclass(frozen=True)
