@@ -228,7 +228,7 @@ class AnswerGrammar:
     def _free(
         self, start: Int[np.ndarray, " start"], ids: Allowed, budget: int, ends: tuple[str, ...], least: int = 1
     ) -> Walk:
-        """From `least` (0 or 1) to `budget` tokens of free text, then one of `ends`, whose first token means the end."""
+        """From `least` (0 or 1) to `budget` tokens of free text, then one of `ends`, whose first token is the end."""
         endings = [self._ids(end) for end in ends]
         first = np.array([ending[0] for ending in endings])
         inside = np.union1d(ids, first)
