@@ -1,8 +1,9 @@
 """Stage (b), first half: tokenizer, reasoner and trained segmenter joined into nano, untrained in language.
 
-    python recipes/nano/assemble.py SEGMENTER_RUN DATASET… --out DIR
+    python recipes/nano/assemble.py SEGMENTER_RUN KINDS_RUN DATASET… --out DIR
 
-The tokenizer learns from the data sets' own reasoning and from every question template.
+The reasoner looks through the first segmenter; the second, whose decoder has learned kinds, makes the masks. The
+tokenizer learns from the data sets' own reasoning and from every question template.
 """
 
 import argparse
@@ -23,6 +24,7 @@ QUESTIONS_PER_CATEGORY = 400
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("segmenter", type=Path)
+    parser.add_argument("kinds", type=Path)
     parser.add_argument("datasets", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -34,8 +36,8 @@ if __name__ == "__main__":
     located = [f" {c} is located at [[ are located at [[ is visible. The mask is" for c in categories] * 10
     texts = [f" {sample.reasoning}" for sample in samples] + questions + located
     tokenizer = train_tokenizer(texts)
-    segmenter = EdgeTamModel.from_pretrained(options.segmenter)
-    reasoner = build_reasoner(segmenter, tokenizer)
+    reasoner = build_reasoner(EdgeTamModel.from_pretrained(options.segmenter), tokenizer)
+    segmenter = EdgeTamModel.from_pretrained(options.kinds)
     model, processor = join(
         reasoner,
         build_processor(tokenizer),

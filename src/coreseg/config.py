@@ -29,6 +29,7 @@ class SftConfig:
     lora_rank, lora_alpha: LoRA on every linear layer of the language model; 0 trains the language model itself.
     text_weight, mask_weight: of the two losses; a mask weight of 0 leaves adapter and segmenter alone.
     box_weight: how much a token of a box's numbers weighs in the text loss, beside 1 for every other token.
+    fresh_adapter: start the adapter anew, centred on the states it will see; for one that no mask loss has trained.
     train_decoder: whether the mask decoder trains beside the adapter.
     remeasure: change pictures at random and measure boxes and reasoning again on what came out. Only for reasoning by
     the measured describer; text by a teacher would no longer fit its picture.
@@ -63,6 +64,7 @@ class SftConfig:
     text_weight: float = 1.0
     mask_weight: float = 1.0
     box_weight: float = 1.0
+    fresh_adapter: bool = False
     train_decoder: bool = True
     remeasure: bool = False
     versions: int = 0

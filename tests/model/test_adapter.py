@@ -61,3 +61,18 @@ def test_gradients_reach_every_parameter() -> None:
     adapter = nonzero_queries(build())
     (adapter(states(), all_present()) ** 3).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters() if p.ndim > 1)
+
+
+def test_a_centred_adapter_passes_on_how_states_differ() -> None:
+    """States that are nearly alike, as those at `<seg>` are before any mask loss."""
+    noise = torch.randn(64, 12, generator=torch.Generator().manual_seed(3))
+    alike = 3 + torch.arange(12) + 0.1 * noise
+    spreads = []
+    for centred in (False, True):
+        adapter = nonzero_queries(build())
+        if centred:
+            adapter.centre_on(alike)
+            projected = adapter.mlp.project(alike)
+            torch.testing.assert_close(projected.mean(0), torch.zeros(64), atol=1e-4, rtol=0)
+        spreads.append(float(adapter(alike[:, None], all_present(64, 1)).std(0).mean()))
+    assert spreads[1] > 5 * spreads[0]

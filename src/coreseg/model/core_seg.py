@@ -193,6 +193,17 @@ class CoreSeg(PreTrainedModel):
         boxes = segmenter_boxes and [segmenter_boxes[row] for row in torch.nonzero(with_mask)[:, 0]]
         return TrainingOutput(logits, self.decode(states[with_mask], present[with_mask], maps, boxes), with_mask)
 
+    def probe_states(
+        self,
+        input_ids: Int[torch.Tensor, "batch tokens"],
+        attention_mask: Int[torch.Tensor, "batch tokens"],
+        reasoner_inputs: Mapping[str, Any],
+    ) -> tuple[Float[torch.Tensor, "batch probes reasoner"], Bool[torch.Tensor, "batch probes"]]:
+        """What the adapter would be shown of these rows, and which of it is real; a row without `<seg>` has none."""
+        with _last_hidden_states(self.reasoner) as seen:
+            self.reasoner(input_ids=input_ids, attention_mask=attention_mask, **reasoner_inputs)
+        return _gather(seen[-1], self.probe_positions(input_ids))
+
     def probe_positions(self, ids: Int[torch.Tensor, "batch tokens"]) -> Bool[torch.Tensor, "batch tokens"]:
         """Which positions' states the adapter reads: `<seg>` as the input, or the whole answer up to it.
 

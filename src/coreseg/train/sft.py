@@ -28,7 +28,7 @@ from coreseg.errors import ConfigError, MissingExtraError, ModelError
 from coreseg.imaging import overlay
 from coreseg.metrics import detect_score, dice
 from coreseg.model.assemble import freeze_all_but_heads, load_parts
-from coreseg.model.core_seg import CoreSeg
+from coreseg.model.core_seg import CoreSeg, fresh_adapter
 from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
 from coreseg.nano.vision import NanoVisionModel
 from coreseg.sam2 import FeatureMaps, encode_image
@@ -39,6 +39,10 @@ from coreseg.train.losses import dice_ce
 SETTINGS_FILE = "sft.toml"
 USUAL_TOKENS = 100
 """About the length of an answer, so that the text loss has the size of a mean over tokens."""
+
+
+STARTING_ROWS = 64
+"""Rows whose states a fresh adapter is centred on."""
 
 
 def train_sft(config: SftConfig) -> Path:
@@ -62,6 +66,8 @@ def train_sft(config: SftConfig) -> Path:
         callbacks=[Watch(config, processor, validation)],
         settings=config,
     )
+    if config.fresh_adapter:
+        trainer.start_adapter()
     trainer.train(resume_from_checkpoint=_last_checkpoint(out))
     if not (out / "best").exists() and trainer.is_world_process_zero():  # nothing was validated
         save_checkpoint(model, processor, out / "best")
@@ -210,6 +216,22 @@ class SftTrainer(Trainer):
             loss = loss + self.settings.mask_weight * mask * output.with_mask.float().mean()
             self._keep("mask_loss", mask)
         return (loss, output) if return_outputs else loss
+
+    @torch.no_grad()
+    def start_adapter(self) -> None:
+        """A fresh adapter at the segmenter's "any lesion" prompt, centred on the states of the run's first rows."""
+        examples, rows = cast(Examples, self.train_dataset), self.settings.batch_size
+        drawn = [examples[each] for each in Draws(examples.weights, STARTING_ROWS, self.settings.seed)]
+        model = cast(CoreSeg, self.model).eval()  # type: ignore[no-untyped-call]
+        found = []
+        for start in range(0, len(drawn), rows):
+            batch = self.data_collator(drawn[start : start + rows])["batch"].to(self.args.device)
+            states, present = model.probe_states(batch.input_ids, batch.attention_mask, batch.reasoner_inputs)
+            found.append(states[present].float())
+        model.adapter = fresh_adapter(model.config)
+        model.adapter.start_at(model.segmenter.prompt_encoder.not_a_point_embed.weight.float().cpu())
+        model.adapter.centre_on(torch.cat(found).cpu())
+        model.adapter.to(self.args.device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's figures with the two losses apart."""

@@ -1,0 +1,94 @@
+"""Stage (a), last part: the mask decoder learns to be told *what*, on phantoms that show two kinds of lesion.
+
+    python recipes/nano/kinds.py SEGMENTER_RUN DATASET… --out RUN [--steps N]
+
+Boxes and points hardly ever decide on real pictures, whose lesions are mostly of one kind, so a segmenter trained with
+them alone gives the same mask whatever it is prompted with. Here one learned prompt a kind of phantom asks for that
+kind alone, and every other picture asks for every lesion, as before: no category of a real set enters. The learned
+prompts are thrown away; what stays is a decoder that listens. The image encoder is frozen.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from build import IMAGE_SIZE_PX
+from segmenter import load
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import EdgeTamModel
+
+from coreseg.data.store import LesionSet
+from coreseg.sam2 import any_lesion_prompt, decode_masks, encode_image
+from coreseg.train.collate import stretch_mask
+from coreseg.train.losses import dice_ce
+
+PAIRS_A_STEP = 8
+PICTURES_A_STEP = 4
+LEARNING_RATE = 1e-3
+PROMPT_DEVIATION = 0.5
+
+
+def two_kind_pictures(sets: list[LesionSet]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each training picture with two categories: (3, side, side) 8 bit, and their masks in order of name."""
+    side = (IMAGE_SIZE_PX, IMAGE_SIZE_PX)
+    for lesions in sets:
+        pictures: dict[str, list] = {}
+        for sample in lesions.split("train"):
+            if sample.source.startswith("phantom_") and sample.boxes:
+                pictures.setdefault(sample.file_name, []).append(sample)
+        for rows in pictures.values():
+            if len(rows) == 2:
+                rows.sort(key=lambda sample: sample.category)
+                image = torch.from_numpy(lesions.image(rows[0])).permute(2, 0, 1)[None].float()
+                resized = functional.interpolate(image, side, mode="bilinear", antialias=True)[0].round().byte()
+                yield resized, torch.stack([stretch_mask(lesions.mask(sample), IMAGE_SIZE_PX) for sample in rows])
+
+
+def train(segmenter: Path, sets: list[LesionSet], out: Path, steps: int, seed: int) -> None:
+    """Train the mask decoder on pairs and whole pictures, and leave the model in `out`."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model = EdgeTamModel.from_pretrained(segmenter).eval()
+    model.requires_grad_(False)
+    model.mask_decoder.requires_grad_(True)
+    pairs, kinds = (torch.stack(part) for part in zip(*two_kind_pictures(sets), strict=True))
+    images, masks, sources = load(sets, "train")
+    counts = {name: sources.count(name) for name in set(sources)}
+    weights = np.array([counts[name] ** -0.5 for name in sources])
+    start = any_lesion_prompt(model, 1)[0].detach()
+    learned = torch.nn.Parameter(start.repeat(2, 1, 1) + PROMPT_DEVIATION * torch.randn(2, *start.shape[1:]))
+    parameters = [learned, *model.mask_decoder.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.02)
+    bar = tqdm(range(steps), desc="kinds")
+    for _ in bar:
+        two = torch.from_numpy(rng.choice(len(pairs), PAIRS_A_STEP, replace=False))
+        all_of = torch.from_numpy(rng.choice(len(images), PICTURES_A_STEP, p=weights / weights.sum()))
+        pixels = (torch.cat([pairs[two], images[all_of]]).float() / 255 - 0.5) / 0.5
+        with torch.no_grad():
+            maps = encode_image(model, pixels.contiguous(memory_format=torch.channels_last))
+        asked = decode_masks(model, [level[:PAIRS_A_STEP] for level in maps], learned.expand(PAIRS_A_STEP, -1, -1, -1))
+        every = decode_masks(model, maps, any_lesion_prompt(model, PAIRS_A_STEP + PICTURES_A_STEP))
+        together = torch.cat([kinds[two].any(1), masks[all_of, 0]])
+        apart_loss = dice_ce(asked.flatten(0, 1), kinds[two].flatten(0, 1).float())
+        together_loss = dice_ce(every[:, 0], together.float())
+        (2 * apart_loss + together_loss).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(apart=f"{apart_loss.item():.3f}", together=f"{together_loss.item():.3f}")
+    model.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("segmenter", type=Path)
+    parser.add_argument("datasets", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    sets = [LesionSet.open(path) for path in options.datasets]
+    train(options.segmenter, sets, options.out, options.steps, options.seed)
