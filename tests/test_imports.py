@@ -11,7 +11,7 @@ import coreseg
 
 HEAVY = ("torch", "torchvision", "transformers", "timm", "peft", "monai")
 # These hold models or drive them; every other module must be usable without loading torch.
-TORCH_PARTS = ("model", "nano", "train", "evaluate", "segmenter")
+TORCH_PARTS = ("sam2", "model", "nano", "train", "evaluate", "segmenter")
 
 SOURCE = Path(coreseg.__file__).parent
 LIGHT_MODULES = sorted(

@@ -1,16 +1,15 @@
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForMaskGeneration, PreTrainedModel
 
 from coreseg.sam2 import any_lesion_prompt, decode_masks, encode_image
+from coreseg.testing_models import tiny_edgetam, tiny_sam2
 
 
-@pytest.fixture(scope="module", params=["sam2", "edgetam"])
-def model(request: pytest.FixtureRequest, parts: Callable[[str], Path]) -> PreTrainedModel:
-    model = AutoModelForMaskGeneration.from_pretrained(parts(request.param)).eval()
+@pytest.fixture(scope="module", params=[tiny_sam2, tiny_edgetam], ids=["sam2", "edgetam"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+    folder = request.param(tmp_path_factory.mktemp("segmenter") / "tiny")
+    model = AutoModelForMaskGeneration.from_pretrained(folder).eval()
     model.mask_decoder.dynamic_multimask_via_stability = False
     return model
 

@@ -74,5 +74,5 @@ def test_a_centred_adapter_passes_on_how_states_differ() -> None:
             adapter.centre_on(alike)
             projected = adapter.mlp.project(alike)
             torch.testing.assert_close(projected.mean(0), torch.zeros(64), atol=1e-4, rtol=0)
-        spreads.append(float(adapter(alike[:, None], all_present(64, 1)).std(0).mean()))
+        spreads.append(float(adapter(alike[:, None], all_present(64, 1)).std(0).mean().detach()))
     assert spreads[1] > 5 * spreads[0]

@@ -385,7 +385,7 @@ class Watch(TrainerCallback):
         figures = {
             "dice": _mean([dice(result.mask, example.mask) for result, example in there]),
             "detect": _mean([detect_score(result.boxes, example.answer.boxes) for result, example in there]),
-            "valid": _mean([result.valid for result in results]),
+            "valid": _mean([float(result.valid) for result in results]),
         }
         # Without a mask loss the boxes are what this run learns.
         figures["score"] = figures["dice"] if self.config.mask_weight > 0 else figures["detect"]
