@@ -134,10 +134,11 @@ def load_parts(name_or_path: str | Path, dtype: torch.dtype | None = None) -> tu
             raise ModelError(
                 f"{name_or_path} holds a {kind!r}, not a CORE-Seg; join it with a segmenter by `coreseg assemble`"
             )
-        model, loaded = CoreSeg.from_pretrained(place, dtype=dtype or torch.float32, output_loading_info=True)
-        if loaded["missing_keys"]:
+        loaded: Any = CoreSeg.from_pretrained(place, dtype=dtype or torch.float32, output_loading_info=True)
+        model, report = loaded
+        if report["missing_keys"]:
             # transformers would fill them with random numbers: a mask from those is worse than none.
-            missing = sorted(loaded["missing_keys"])
+            missing = sorted(report["missing_keys"])
             raise ModelError(
                 f"model {name_or_path}: {len(missing)} weights are missing ({missing[0]}, for one); "
                 "copy or export the checkpoint again"

@@ -131,25 +131,26 @@ def region_tokens(
 
     mean, deviation = pixels.mean((2, 3), keepdim=True), pixels.std((2, 3), keepdim=True).clamp(min=1e-3)
     colours = (pixels - mean) / deviation
-    coarse_inside = functional.adaptive_avg_pool2d(inside, maps[0].shape[-2:])
+    rows, columns = maps[0].shape[-2:]
+    coarse_inside = functional.adaptive_avg_pool2d(inside, (rows, columns))
     around = functional.max_pool2d(coarse_inside, 9, 1, 4) - coarse_inside.sum(1, keepdim=True)
     colour = pool(colours, inside)
     spread = (pool(colours.square(), inside) - colour.square()).clamp(min=0).sqrt()
     area = inside.mean((2, 3))[..., None]
     box_area = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]))[..., None]
     fill = area / box_area.clamp(min=1e-6)
-    number = torch.eye(MAX_BOXES).to(pixels).expand(len(pixels), -1, -1)
+    numbers = torch.eye(MAX_BOXES).to(pixels).expand(len(pixels), -1, -1)
     look = torch.cat([colour, spread, pool(colours, around.clamp(min=0))], dim=-1) / 3
     features = [_unit(pool(maps[-1], inside)), _unit(pool(maps[0], inside))]
-    return there * torch.cat([PLACE_WEIGHT * place_code(boxes), *features, look, area.sqrt(), fill, number], dim=-1)
+    return there * torch.cat([PLACE_WEIGHT * place_code(boxes), *features, look, area.sqrt(), fill, numbers], dim=-1)
 
 
 def pool(
     planes: Float[torch.Tensor, "batch channels _ _"], regions: Float[torch.Tensor, "batch regions _ _"]
 ) -> Float[torch.Tensor, "batch regions channels"]:
     """The mean of `planes` over each region, the coarser of the two sizes deciding; zero over an empty region."""
-    size = min(planes.shape[-2:], regions.shape[-2:])
-    planes, regions = (functional.adaptive_avg_pool2d(part, size) for part in (planes, regions))
+    height, width = min(planes.shape[-2:], regions.shape[-2:])
+    planes, regions = (functional.adaptive_avg_pool2d(part, (height, width)) for part in (planes, regions))
     total = regions.sum((2, 3))[..., None].clamp(min=1e-6)
     return torch.einsum("brhw,bchw->brc", regions, planes) / total
 
@@ -165,7 +166,8 @@ def place_code(places: Float[torch.Tensor, "*shape axes"]) -> Float[torch.Tensor
 
 def _unit(features: Float[torch.Tensor, "*shape channels"]) -> Float[torch.Tensor, "*shape channels"]:
     """Centred, at norm one: the maps' scale is the segmenter's own (some 15 for nano's), and would drown the rest."""
-    return functional.layer_norm(features, features.shape[-1:]) / features.shape[-1] ** 0.5
+    unit: torch.Tensor = functional.layer_norm(features, features.shape[-1:]) / features.shape[-1] ** 0.5
+    return unit
 
 
 def register() -> None:

@@ -221,11 +221,12 @@ class SftTrainer(Trainer):
     def start_adapter(self) -> None:
         """A fresh adapter at the segmenter's "any lesion" prompt, centred on the states of the run's first rows."""
         examples, rows = cast(Examples, self.train_dataset), self.settings.batch_size
+        collate = cast(Collator, self.data_collator)
         drawn = [examples[each] for each in Draws(examples.weights, STARTING_ROWS, self.settings.seed)]
         model = cast(CoreSeg, self.model).eval()  # type: ignore[no-untyped-call]
         found = []
         for start in range(0, len(drawn), rows):
-            batch = self.data_collator(drawn[start : start + rows])["batch"].to(self.args.device)
+            batch = collate(drawn[start : start + rows])["batch"].to(self.args.device)
             states, present = model.probe_states(batch.input_ids, batch.attention_mask, batch.reasoner_inputs)
             found.append(states[present].float())
         model.adapter = fresh_adapter(model.config)
