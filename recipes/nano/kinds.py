@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from build import IMAGE_SIZE_PX
-from segmenter import load
-from torch.nn import functional
+from segmenter import load, squared
 from tqdm import tqdm
 from transformers import EdgeTamModel
 
@@ -33,7 +32,6 @@ PROMPT_DEVIATION = 0.5
 
 def two_kind_pictures(sets: list[LesionSet]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Each training picture with two categories: (3, side, side) 8 bit, and their masks in order of name."""
-    side = (IMAGE_SIZE_PX, IMAGE_SIZE_PX)
     for lesions in sets:
         pictures: dict[str, list] = {}
         for sample in lesions.split("train"):
@@ -42,9 +40,8 @@ def two_kind_pictures(sets: list[LesionSet]) -> Iterator[tuple[torch.Tensor, tor
         for rows in pictures.values():
             if len(rows) == 2:
                 rows.sort(key=lambda sample: sample.category)
-                image = torch.from_numpy(lesions.image(rows[0])).permute(2, 0, 1)[None].float()
-                resized = functional.interpolate(image, side, mode="bilinear", antialias=True)[0].round().byte()
-                yield resized, torch.stack([stretch_mask(lesions.mask(sample), IMAGE_SIZE_PX) for sample in rows])
+                masks = torch.stack([stretch_mask(lesions.mask(sample), IMAGE_SIZE_PX) for sample in rows])
+                yield squared(lesions, rows[0])[0], masks
 
 
 def train(segmenter: Path, sets: list[LesionSet], out: Path, steps: int, seed: int) -> None:

@@ -38,6 +38,13 @@ EMA_DECAY = 0.995
 SAVE_EVERY = 200
 
 
+def squared(lesions: LesionSet, sample: Sample) -> torch.Tensor:
+    """A row's picture stretched to the segmenter's square, (1, 3, side, side), 8 bit."""
+    image = torch.from_numpy(lesions.image(sample)).permute(2, 0, 1)[None].float()
+    side = (IMAGE_SIZE_PX, IMAGE_SIZE_PX)
+    return functional.interpolate(image, side, mode="bilinear", antialias=True).round().byte()
+
+
 def load(sets: list[LesionSet], split: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Every picture of a split with all of its lesions, stretched to the segmenter's square, as 8-bit tensors, and its
     set."""
@@ -48,9 +55,7 @@ def load(sets: list[LesionSet], split: str) -> tuple[torch.Tensor, torch.Tensor,
     images, masks, sources = [], [], []
     for rows in tqdm(pictures.values(), desc=f"reading {split}"):
         lesions, first = rows[0]
-        image = torch.from_numpy(lesions.image(first)).permute(2, 0, 1)[None].float()
-        side = (IMAGE_SIZE_PX, IMAGE_SIZE_PX)
-        images.append(functional.interpolate(image, side, mode="bilinear", antialias=True).round().byte())
+        images.append(squared(lesions, first))
         together = np.any([lesions.mask(sample) for _, sample in rows], axis=0)
         masks.append(stretch_mask(together, IMAGE_SIZE_PX)[None, None])
         sources.append(first.source)

@@ -66,9 +66,10 @@ def train_sft(config: SftConfig) -> Path:
         callbacks=[Watch(config, processor, validation)],
         settings=config,
     )
-    if config.fresh_adapter:
+    last = _last_checkpoint(out)
+    if config.fresh_adapter and not last:
         trainer.start_adapter()
-    trainer.train(resume_from_checkpoint=_last_checkpoint(out))
+    trainer.train(resume_from_checkpoint=last)
     if not (out / "best").exists() and trainer.is_world_process_zero():  # nothing was validated
         save_checkpoint(model, processor, out / "best")
     return out
