@@ -1,8 +1,10 @@
+import re
+
 import numpy as np
 import pytest
 
 from coreseg import questions
-from coreseg.questions import ask, attribute_questions, plural, with_article
+from coreseg.questions import among_other_words, ask, attribute_questions, plural, with_article
 
 SIDE = 100
 
@@ -79,6 +81,22 @@ def test_article() -> None:
     assert with_article("ulcer") == "an ulcer" and with_article("polyp") == "a polyp"
     assert with_article("MS lesion") == "an MS lesion" and with_article("x-ray image") == "an x-ray image"
     assert with_article("CT scan") == "a CT scan" and with_article("ischemic stroke") == "an ischemic stroke"
+
+
+def test_other_words_leave_the_question_in_its_order() -> None:
+    rng = np.random.default_rng(0)
+    question = "Is there a cyst here? Show me where."
+    said = [among_other_words(question, rng) for _ in range(200)]
+    assert len(set(said)) > 190
+    in_order = re.compile(r"\b.*\b".join(re.findall(r"\w+", question)), re.IGNORECASE | re.DOTALL)
+    assert all(in_order.search(text) for text in said)
+
+
+def test_other_words_tell_nothing_of_the_held_out_wordings() -> None:
+    held_out = [*questions._HELD_OUT_TEMPLATES, *questions._HELD_OUT_REQUESTS]
+    held_out += [words for _, words_out in questions._TARGETS.values() for words in words_out]
+    held_out += [words for _, words_out in questions._LAY_WORDS.values() for words in words_out]
+    assert not set(questions._FILLER_WORDS) & set(re.findall("[a-z]+", " ".join(held_out).lower()))
 
 
 def test_attributes_pick_the_right_lesion() -> None:

@@ -39,6 +39,8 @@ class SftConfig:
     with_reasoning: whether answers hold reasoning; without it texts are short, and boxes are most of them.
     attribute_share: share of questions about one of several lesions, where the picture allows.
     absent_share: share of questions about a category of another anatomy, answered by the absent form.
+    filler_share: share of questions with words of no meaning put around and between theirs, for reasoners made from
+    scratch, which know no others than our templates'.
     balance: rows are drawn with weight 1 / (set size) ** balance; 0 draws rows evenly, 1 sets evenly.
     source_weights: a factor on that weight by source, for those that should come more or less often.
     warmup_steps: steps in which the learning rates rise; they fall by a cosine after.   weight_decay: of AdamW.
@@ -72,6 +74,7 @@ class SftConfig:
     with_reasoning: bool = True
     attribute_share: float = 0.3
     absent_share: float = 0.05
+    filler_share: float = 0.0
     balance: float = 0.5
     source_weights: dict[str, float] | None = None
     eval_every: int = 200
@@ -92,7 +95,7 @@ class SftConfig:
             "eval_samples", "versions", "workers", "seed",
         ):  # fmt: skip
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
-        for name in ("attribute_share", "absent_share"):
+        for name in ("attribute_share", "absent_share", "filler_share"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         kept = not self.keep_maps or (self.remeasure and self.versions > 0)
         _require(kept, "keep_maps", self.keep_maps, "false where remeasure and versions do not say what to keep")

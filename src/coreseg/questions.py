@@ -107,6 +107,19 @@ _TARGETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 
+# Everyday words that say nothing of a lesion; none of them stands in a held-out wording.
+_FILLER = (
+    "hello thanks doctor nurse colleague patient man woman child years old came yesterday today morning evening "
+    "week month since before after again still never often sometimes maybe perhaps really quite rather very too "
+    "also only because although when while who which why how they we he she it his her our your their was were "
+    "been being have had has would might must shall may not no yes sorry kindly quickly slowly report letter note "
+    "ward clinic hospital home school work family history pain fever cough weight sugar pressure smoker treatment "
+    "drug surgery follow first second third last next new early late good bad better worse clear blurred question "
+    "answer help want think know believe wish tell said asked wrote sent got took made went saw seemed felt "
+    "changed grew stayed quality screen paper room hand water light night number two five seven twenty hundred"
+)
+_FILLER_WORDS = tuple(_FILLER.split())
+
 # Category: words used in training, words held out.
 _LAY_WORDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "brain tumor": (("brain tumour", "brain mass"), ("brain growth", "intracranial tumor")),
@@ -161,6 +174,23 @@ def ask(category: str, rng: np.random.Generator, held_out: bool = False) -> str:
     template = pick(_HELD_OUT_TEMPLATES if held_out else _TEMPLATES, rng)
     text = template.format(one=noun, a_one=with_article(noun), many=plural(noun))
     return text if held_out else _typed(text, rng)
+
+
+def among_other_words(question: str, rng: np.random.Generator) -> str:
+    """The question with words around and between that say nothing of a lesion: "Thanks week. Where old is the polyp?"
+
+    For training: a reasoner made from scratch knows the words of its templates only, and what follows an unknown one
+    may be anything. Their order is random, so that it learns to listen for what it knows and not to one more template.
+    """
+    words = question.split(" ")
+    for place in range(len(words), 0, -1):
+        if rng.random() < 0.1:
+            words.insert(place, pick(_FILLER_WORDS, rng))
+    before, after = (" ".join(pick(_FILLER_WORDS, rng) for _ in range(rng.integers(7))) for _ in range(2))
+    text = " ".join(words)
+    if before:
+        text = f"{before.capitalize()}{pick(('.', ',', '?', ':', ''), rng)} {text}"
+    return f"{text} {after.capitalize()}{pick(('.', '?', ''), rng)}" if after else text
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from coreseg.model.processor import CoreSegProcessor
 from coreseg.nano.vision import NanoVisionModel
 from coreseg.segmenter import Segmenter
 from coreseg.train import sft
-from coreseg.train.collate import Examples
+from coreseg.train.collate import Draws, Examples
 from coreseg.train.sft import (
     USUAL_TOKENS,
     Collator,
@@ -206,11 +206,35 @@ def weights_after(config: SftConfig) -> dict[str, torch.Tensor]:
     return load_file(last / "model.safetensors")
 
 
-@pytest.mark.parametrize("rank", [0, 2], ids=["whole", "lora"])
-def test_a_resumed_run_goes_on_as_if_never_stopped(nano: Path, phantoms: Path, tmp_path: Path, rank: int) -> None:
+def test_a_fresh_adapter_says_any_lesion_of_the_states_it_will_see(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    """Whatever the old adapter had become: one that answers nothing but NaN is gone."""
+    config = settings(nano, phantoms, tmp_path / "run", fresh_adapter=True, batch_size=4)
+    model, processor = load_parts(config.model)
+    with torch.no_grad():
+        for parameter in model.adapter.parameters():
+            parameter.fill_(torch.nan)
+    prepare(model, config)
+    examples = Examples.open(config, "train")
+    SftTrainer(
+        model=model, args=training_arguments(config), train_dataset=examples, data_collator=Collator(processor),
+        settings=config,
+    ).start_adapter()  # fmt: skip
+    drawn = [examples[each] for each in Draws(examples.weights, 8, config.seed)]
+    batch = Collator(processor)(drawn)["batch"]
+    with torch.no_grad():
+        prompts = model.adapter(*model.probe_states(batch.input_ids, batch.attention_mask, batch.reasoner_inputs))
+    any_lesion = model.segmenter.prompt_encoder.not_a_point_embed.weight.expand_as(prompts)
+    assert torch.cosine_similarity(prompts, any_lesion, dim=-1).min() > 0.6
+    assert torch.cdist(prompts.flatten(1), prompts.flatten(1)).max() > 0.05, "it listens from the first step on"
+
+
+@pytest.mark.parametrize("changes", [{"lora_rank": 0}, {"lora_rank": 2}, {"fresh_adapter": True}], ids=str)
+def test_a_resumed_run_goes_on_as_if_never_stopped(
+    nano: Path, phantoms: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     import shutil
 
-    config = settings(nano, phantoms, tmp_path / "run", steps=4, save_every=2, remeasure=True, lora_rank=rank)
+    config = settings(nano, phantoms, tmp_path / "run", steps=4, save_every=2, remeasure=True, **changes)
     uninterrupted = weights_after(config)
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     resumed = weights_after(config)

@@ -16,7 +16,7 @@ from coreseg.data.build.describe import describe
 from coreseg.data.store import LesionSet
 from coreseg.errors import DataError
 from coreseg.masks import box_tuples, mask_to_boxes
-from coreseg.questions import ask, attribute_questions
+from coreseg.questions import among_other_words, ask, attribute_questions
 from coreseg.train.augment import augment
 from coreseg.types import Answer, Sample
 
@@ -108,6 +108,8 @@ class Examples(Dataset[Example]):
             if elsewhere:
                 category, mask = elsewhere[int(rng.integers(len(elsewhere)))], np.zeros_like(mask)
                 question = ask(category, rng)
+        if rng.random() < self.config.filler_share:
+            question = among_other_words(question, rng)
         if not self.config.with_reasoning:
             reasoning = ""
         elif self.config.remeasure or category != sample.category or attributes:
