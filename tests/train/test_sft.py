@@ -248,7 +248,9 @@ def test_a_run_leaves_a_checkpoint_that_opens(nano: Path, phantoms: Path, tmp_pa
     assert (run / "best" / "config.json").is_file()
     assert [path.name for path in (run / "overlays").iterdir()] == ["step-000003.png"]
     (line,) = (run / "validation.jsonl").read_text(encoding="utf-8").splitlines()
-    assert {"step", "dice", "detect", "valid", "score"} <= json.loads(line).keys()
+    figures = json.loads(line)
+    assert figures["score"] == pytest.approx((figures["dice"] + figures["detect"]) / 2) and figures["step"] == 3
+    assert 0 <= figures["valid"] <= 1
     example = Examples.open(settings(nano, phantoms, run), "val").fixed(1, 0)[0]
     result = Segmenter.from_pretrained(run, device="cpu").segment(example.image, example.question)
     assert result.valid and result.mask.shape == example.mask.shape

@@ -389,8 +389,9 @@ class Watch(TrainerCallback):
             "detect": _mean([detect_score(result.boxes, example.answer.boxes) for result, example in there]),
             "valid": _mean([float(result.valid) for result in results]),
         }
-        # Without a mask loss the boxes are what this run learns.
-        figures["score"] = figures["dice"] if self.config.mask_weight > 0 else figures["detect"]
+        # Masks and boxes, as far as this run learns them.
+        learnt = ["dice", "detect"] if self.config.mask_weight > 0 else ["detect"]
+        figures["score"] = _mean([figures[name] for name in learnt])
         return figures, [overlay(e.image, r.mask, r.boxes, reference=e.mask) for r, e in pairs[:12]]
 
 
