@@ -13,8 +13,9 @@ from jaxtyping import Float
 from transformers import EdgeTamConfig, EdgeTamVisionConfig
 
 # transformers 5.17 asks the model hub for their default backbone, were it only to print or to check a configuration
-# that has its own. Without defaults it leaves that.
-EdgeTamConfig.has_no_defaults_at_init = EdgeTamVisionConfig.has_no_defaults_at_init = True
+# that has its own; told that there are no defaults it does not. Later versions know neither.
+for _config in (EdgeTamConfig, EdgeTamVisionConfig):
+    setattr(_config, "has_no_defaults_at_init", True)  # noqa: B010
 
 SegmenterModel = Any
 """A `Sam2Model` or `EdgeTamModel`; their submodules have no types to check against."""
