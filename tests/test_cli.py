@@ -247,7 +247,8 @@ def test_the_blind_guess_alone_as_json(phantoms: Path) -> None:
 def test_evaluate_names_what_it_cannot_find(phantoms: Path, tmp_path: Path) -> None:
     assert "no metadata.jsonl" in complaint(run("evaluate", tmp_path))
     assert "no split 'dev'" in complaint(run("evaluate", phantoms, "--split", "dev", "--model", "blind"))
-    assert "no rows in split 'test'" in complaint(run("evaluate", phantoms, "--split", "test", "--model", "blind"))
+    said = complaint(run("evaluate", phantoms, "--split", "test", "--model", "blind"))
+    assert "no rows in split 'test'; it has" in said and "in 'train'" in said
     assert "unknown model" in complaint(run("evaluate", phantoms, "--model", "nosuch"))
 
 
@@ -286,6 +287,12 @@ def test_import_check_show(source: Path) -> None:
     assert "no rows in split 'test'" in complaint(run("data", "show", "set", "--split", "test"))
 
 
+def test_version() -> None:
+    import coreseg
+
+    assert run("--version").stdout == f"coreseg {coreseg.__version__}\n"
+
+
 def test_import_names_what_does_not_fit(source: Path) -> None:
     (source / "images" / "3.png").write_text("no picture")
     (source / "masks" / "2.png").unlink()
@@ -293,7 +300,7 @@ def test_import_names_what_does_not_fit(source: Path) -> None:
     assert done.exit_code == 1
     assert "set: 2 rows of 2 images" in done.stdout
     assert "no mask for" in done.stderr and "2.png" in done.stderr
-    assert "set aside:" in done.stderr and "3.png" in done.stderr
+    assert "set aside:" in done.stderr and "3.png: " in done.stderr and "Refusal" not in done.stderr
 
 
 def test_import_into_a_full_folder(source: Path) -> None:

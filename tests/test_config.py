@@ -22,6 +22,13 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+def test_the_settings_that_the_documentation_shows(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "train.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "my-run.toml").write_text(shown, encoding="utf-8")
+    assert load(SftConfig, tmp_path / "my-run.toml").model == "nano"
+
+
 def test_the_file_then_the_overrides(file: Path) -> None:
     assert load(SftConfig, file) == SftConfig(**NEEDED, steps=7)
     overridden = load(SftConfig, file, ["steps=9", "learning_rate = 1", "out=runs/other", 'data=["a", "b"]'])

@@ -20,7 +20,7 @@ app = typer.Typer(
     help="Ask a question about a medical image; get reasoning, boxes and a mask. Research only, not a medical device.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Make, check and look at data sets.")
-train_app = typer.Typer(no_args_is_help=True, help="Train a model (needs the extra: pip install 'coreseg[train]').")
+train_app = typer.Typer(no_args_is_help=True, help="Train a model. In a clone, first: pip install '.[train]'.")
 app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
 
@@ -61,6 +61,24 @@ def _clear_errors(command: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
+def _version(wanted: bool) -> bool:
+    if wanted:
+        from coreseg import __version__
+
+        typer.echo(f"coreseg {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 @_clear_errors
 def segment(
@@ -77,7 +95,8 @@ def segment(
 ) -> None:
     """Answer one question about one or more pictures.
 
-    Prints the reasoning and the answer; writes NAME.mask.png, NAME.overlay.png and NAME.json.
+    Prints the reasoning and the answer; writes NAME.mask.png, NAME.overlay.png and NAME.json, over those of an earlier
+    call with the same --out. Of a folder, pictures that this command wrote are left out.
 
     Example: coreseg segment examples/breast_ultrasound.jpg "Where is the breast tumor?"
     """
@@ -293,7 +312,11 @@ def train_sft(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one setting.")
     ] = None,
 ) -> None:
-    """Stage 1: teach a CORE-Seg to describe, to place boxes and to prompt its segmenter. Goes on where it stopped."""
+    """Stage 1: teach a CORE-Seg to describe, to place boxes and to prompt its segmenter.
+
+    Run again with the same settings it goes on where it stopped. A file of settings needs model, data and out; see
+    docs/train.md for an example and for all of them.
+    """
     from coreseg.config import SftConfig, load
 
     settings = load(SftConfig, config, overrides or [])
@@ -320,7 +343,10 @@ def data_import(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split and the wording.")] = 0,
 ) -> None:
-    """Make a data set from images and masks. Empty masks are kept as lesion-free samples."""
+    """Make a data set from images and masks. Empty masks are kept as lesion-free samples.
+
+    Exits with 1 where a file could not be used; images or masks without their counterpart are only named.
+    """
     from coreseg.data.sources import import_folder
 
     report = import_folder(
@@ -332,12 +358,14 @@ def data_import(
     typer.echo(f"{report.root}: {counts}")
     if report.unknown_case:
         typer.echo(f"{report.unknown_case} rows have no case: pictures of one patient may sit in two splits")
+    for case in report.split_cases:
+        typer.echo(f"case {case} stands in several splits, as given: figures on one will flatter the other", err=True)
     for path in report.images_without_mask:
         typer.echo(f"no mask for {path}", err=True)
     for path in report.masks_without_image:
         typer.echo(f"no image for {path}", err=True)
     for refusal in report.refused:
-        typer.echo(f"set aside: {refusal}", err=True)
+        typer.echo(f"set aside: {refusal.path}: {refusal.reason}", err=True)
     if report.refused:
         raise typer.Exit(1)
 
@@ -375,7 +403,7 @@ def data_show(
     lesions = LesionSet.open(dataset)
     samples = lesions.split(split)
     if not samples:
-        raise InputError(f"{dataset} has no rows in split {split!r}; name a split that it has with --split")
+        raise InputError(f"{dataset} has no rows in split {split!r}; it has {lesions.splits_there()}")
     shown = min(count, len(samples))
     contact_sheet(lesions, [samples[number * len(samples) // shown] for number in range(shown)]).save(out)
     typer.echo(f"{out}: {shown} of {len(samples)} rows")

@@ -353,6 +353,19 @@ def test_a_listed_file_that_is_missing_is_reported(tmp_path: Path) -> None:
     assert "line 3" in report.refused[0].reason
 
 
+def test_a_case_in_two_splits_is_kept_as_given_and_named(tmp_path: Path) -> None:
+    rows = [("a", "train", "c1"), ("b", "val", "c2"), ("c", "train", "c2")]
+    for stem, _, _ in rows:
+        add(tmp_path / "mine", stem, f"{stem}.png")
+    write_table(
+        tmp_path / "mine",
+        *({"image": f"{s}.png", "mask": f"{s}.png", "split": split, "case": case} for s, split, case in rows),
+    )
+    report, lesion_set = imported(tmp_path / "mine")
+    assert report.split_cases == ("c2",) and report.splits == {"train": 2, "val": 1}
+    assert lesion_set.splits_there() == "2 in 'train', 1 in 'val'"
+
+
 def refusal(source: Path, destination: Path | None = None, **flags: object) -> str:
     before = sorted(source.parent.rglob("*"))
     with pytest.raises(DataError) as caught:

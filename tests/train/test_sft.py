@@ -258,6 +258,8 @@ def test_a_run_leaves_a_checkpoint_that_opens(nano: Path, phantoms: Path, tmp_pa
 
 def test_a_run_that_validates_nothing_opens_too(nano: Path, phantoms: Path, tmp_path: Path) -> None:
     run = train_sft(settings(nano, phantoms, tmp_path / "run", steps=1, eval_samples=0))
+    with pytest.raises(ModelError, match="give the run's folder"):
+        load_parts(run / "checkpoint-1")
     assert Segmenter.from_pretrained(run, device="cpu").model.config.seg_token_id is not None
 
 
@@ -265,7 +267,7 @@ def test_a_folder_of_another_run_is_refused(nano: Path, phantoms: Path, tmp_path
     config = settings(nano, phantoms, tmp_path / "run", steps=1)
     train_sft(config)
     train_sft(copy.copy(config))
-    with pytest.raises(ConfigError, match="other settings"):
+    with pytest.raises(ConfigError, match=r"other settings \(steps was 1, is 5\)"):
         train_sft(replace(config, steps=5))
 
 

@@ -44,7 +44,7 @@ class ImportReport:
 
     negatives counts rows whose mask is empty; splits counts rows; unknown_case counts rows whose patient is not
     known, so that no split can be proved clean for them. images_without_mask and masks_without_image were not
-    imported, as were the files in refused.
+    imported, as were the files in refused. split_cases stand in several splits, because cases.csv says so.
     """
 
     root: Path
@@ -56,6 +56,7 @@ class ImportReport:
     refused: tuple[Refusal, ...]
     images_without_mask: tuple[Path, ...]
     masks_without_image: tuple[Path, ...]
+    split_cases: tuple[str, ...]
 
 
 def import_folder(
@@ -123,7 +124,15 @@ def import_folder(
         refused=refused,
         images_without_mask=found.images_without_mask,
         masks_without_image=found.masks_without_image,
+        split_cases=_in_several_splits(samples),
     )
+
+
+def _in_several_splits(samples: list[Sample]) -> tuple[str, ...]:
+    splits: dict[str, set[str]] = {}
+    for sample in samples:
+        splits.setdefault(sample.case, set()).add(sample.split)
+    return tuple(sorted(case for case, found in splits.items() if case and len(found) > 1))
 
 
 def _nothing_imported(source: Path, found: Found, refused: tuple[Refusal, ...]) -> str:

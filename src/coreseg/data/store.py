@@ -69,6 +69,11 @@ class LesionSet:
             raise DataError(f"There is no split {name!r}: expected one of {', '.join(SPLITS)}.")
         return tuple(sample for sample in self.samples if sample.split == name)
 
+    def splits_there(self) -> str:
+        """The splits that have rows, with their counts, in words."""
+        counts = {name: len(self.split(name)) for name in SPLITS}
+        return ", ".join(f"{count} in {name!r}" for name, count in counts.items() if count)
+
     def image(self, sample: Sample) -> UInt8[np.ndarray, "height width 3"]:
         """The picture of a row, upright RGB.
 

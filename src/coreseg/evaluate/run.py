@@ -97,7 +97,8 @@ def evaluate(
     """
     rows = _chosen_rows(lesion_set.split(split), limit)
     if not rows:
-        raise DataError(f"the set at {lesion_set.root} has no rows in split {split!r}; name a split that it has")
+        there = lesion_set.splits_there()
+        raise DataError(f"the set at {lesion_set.root} has no rows in split {split!r}; it has {there}")
     by_image: dict[str, list[Sample]] = {}
     for sample in lesion_set.split(split):
         by_image.setdefault(sample.file_name, []).append(sample)

@@ -112,6 +112,8 @@ def find_checkpoint(name_or_path: str | Path) -> Path | str:
     path = Path(name_or_path)
     if (path / "best" / "config.json").is_file():
         return path / "best"
+    if (path / "trainer_state.json").is_file():
+        raise ModelError(f"{path} is for a training run to go on from; give the run's folder, {path.parent}")
     if (path / "config.json").is_file():
         return path
     if path.exists():

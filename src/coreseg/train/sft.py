@@ -10,7 +10,7 @@ output matrices trains beside LoRA; a rank of 0 trains the whole language model 
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -426,7 +426,7 @@ def _check_extra() -> None:
     """Raises MissingExtraError where a library of the extra is not installed."""
     missing = [name for name in ("accelerate", "monai", "peft", "tensorboard") if find_spec(name) is None]
     if missing:
-        raise MissingExtraError(f"training needs {', '.join(missing)}: pip install 'coreseg[train]'")
+        raise MissingExtraError(f"training needs {', '.join(missing)}: in a clone: pip install '.[train]'")
 
 
 def _claim(config: SftConfig) -> Path:
@@ -434,8 +434,13 @@ def _claim(config: SftConfig) -> Path:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / SETTINGS_FILE
-    if file.exists() and settings.load(SftConfig, file) != config:
-        raise ConfigError(f"{out} holds a run with other settings ({file}); give another `out`, or delete that folder")
+    if file.exists() and (old := settings.load(SftConfig, file)) != config:
+        changed = [name for name in asdict(config) if getattr(old, name) != getattr(config, name)]
+        what = ", ".join(f"{name} was {getattr(old, name)!r}, is {getattr(config, name)!r}" for name in changed)
+        raise ConfigError(
+            f"{out} holds a run with other settings ({what}); give another `out` (to train further, with that run as "
+            "`model`), or delete that folder"
+        )
     # Several processes write the same; after a rename nobody reads half of it.
     part = file.with_suffix(f".{os.getpid()}.part")
     settings.save(config, part)
