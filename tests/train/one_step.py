@@ -1,8 +1,8 @@
 """One plain gradient step of stage 1, by as many processes as the launcher says; the first one saves the weights.
 
-python tests/train/one_step.py MODEL DATA OUT ROWS_A_PROCESS [MUTED]
+python tests/train/one_step.py MODEL DATA OUT ROWS_A_PROCESS
 
-The first MUTED draws get an answer without a `<seg>`.
+Twice from the same start: with every mask, and with answers without a `<seg>` in the first two draws.
 """
 
 import sys
@@ -30,12 +30,11 @@ class PartlyMuted(Examples):
         return replace(example, mask=np.zeros_like(example.mask), answer=answer)
 
 
-if __name__ == "__main__":
-    model_path, data, out, rows, *muted = sys.argv[1:]
-    PartlyMuted.muted = int(muted[0]) if muted else 0
-    torch.optim.AdamW = lambda groups, betas, weight_decay: torch.optim.SGD(groups)  # type: ignore[misc, assignment]
+def step(model_path: str, data: str, out: str, rows: int, muted: int) -> None:
+    """One step from the checkpoint; the first process writes the weights after it."""
+    PartlyMuted.muted = muted
     config = SftConfig(
-        model=model_path, data=(data,), out=out, steps=1, batch_size=int(rows), warmup_steps=0, lora_rank=0,
+        model=model_path, data=(data,), out=out, steps=1, batch_size=rows, warmup_steps=0, lora_rank=0,
         learning_rate=1.0, head_learning_rate=1.0, eval_samples=0, save_every=100,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -50,4 +49,10 @@ if __name__ == "__main__":
     )
     trainer.train()
     if trainer.is_world_process_zero():
-        torch.save(model.state_dict(), Path(out) / "weights.pt")
+        torch.save(model.state_dict(), Path(out) / f"weights-{muted}.pt")
+
+
+if __name__ == "__main__":
+    torch.optim.AdamW = lambda groups, betas, weight_decay: torch.optim.SGD(groups)  # type: ignore[misc, assignment]
+    for without_mask in (0, 2):
+        step(*sys.argv[1:4], rows=int(sys.argv[4]), muted=without_mask)

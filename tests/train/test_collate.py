@@ -49,8 +49,8 @@ def test_what_may_be_there_is_never_called_absent(tmp_path: Path) -> None:
 
 def test_other_words_come_as_often_as_the_setting_says_and_change_nothing_else(phantoms: Path) -> None:
     plain, some = examples(phantoms, remeasure=True), examples(phantoms, remeasure=True, filler_share=0.5)
-    pairs = [(plain[(0, draw)], some[(0, draw)]) for draw in range(200)]
-    assert 70 < sum(one.question != other.question for one, other in pairs) < 130
+    pairs = [(plain[(0, draw)], some[(0, draw)]) for draw in range(60)]
+    assert 20 < sum(one.question != other.question for one, other in pairs) < 40
     for one, other in pairs[:10]:
         assert np.array_equal(one.image, other.image) and one.answer.boxes == other.answer.boxes
 
