@@ -122,7 +122,7 @@ def check_set(lesion_set: LesionSet, *, progress: bool = True) -> CheckReport:
         unknown_case=sum(not sample.case for sample in lesion_set.samples),
         counts=_counts(lesion_set),
         problems=tuple(problems),
-        case_leaks=_case_leaks(lesion_set),
+        case_leaks=case_leaks(lesion_set),
         lookalikes=_lookalikes(lesion_set, prints),
     )
 
@@ -146,7 +146,8 @@ def _counts(lesion_set: LesionSet) -> dict[str, dict[str, int]]:
     return {source: {split: counted[source, split] for split in SPLITS} for source in sources}
 
 
-def _case_leaks(lesion_set: LesionSet) -> tuple[CaseLeak, ...]:
+def case_leaks(lesion_set: LesionSet) -> tuple[CaseLeak, ...]:
+    """The known cases that have rows in several splits; no picture is read."""
     splits_of: dict[str, list[str]] = {}
     for sample in lesion_set.samples:
         if sample.case:

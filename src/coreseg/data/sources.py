@@ -18,8 +18,9 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from coreseg.data.check import case_leaks
 from coreseg.data.folders import Found, Picture, Refusal, find_pictures, with_splits
-from coreseg.data.store import SPLITS, write_set
+from coreseg.data.store import SPLITS, LesionSet, write_set
 from coreseg.errors import DataError, InputError
 from coreseg.imaging import read_header, read_image, read_mask, write_mask
 from coreseg.masks import box_tuples, mask_to_boxes
@@ -124,15 +125,8 @@ def import_folder(
         refused=refused,
         images_without_mask=found.images_without_mask,
         masks_without_image=found.masks_without_image,
-        split_cases=_in_several_splits(samples),
+        split_cases=tuple(leak.case for leak in case_leaks(LesionSet(destination, tuple(samples)))),
     )
-
-
-def _in_several_splits(samples: list[Sample]) -> tuple[str, ...]:
-    splits: dict[str, set[str]] = {}
-    for sample in samples:
-        splits.setdefault(sample.case, set()).add(sample.split)
-    return tuple(sorted(case for case, found in splits.items() if case and len(found) > 1))
 
 
 def _nothing_imported(source: Path, found: Found, refused: tuple[Refusal, ...]) -> str:

@@ -426,7 +426,7 @@ def _check_extra() -> None:
     """Raises MissingExtraError where a library of the extra is not installed."""
     missing = [name for name in ("accelerate", "monai", "peft", "tensorboard") if find_spec(name) is None]
     if missing:
-        raise MissingExtraError(f"training needs {', '.join(missing)}: in a clone: pip install '.[train]'")
+        raise MissingExtraError(f"training needs {', '.join(missing)}; in a clone: pip install '.[train]'")
 
 
 def _claim(config: SftConfig) -> Path:
