@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coreseg.config import SftConfig, build, load, save
+from coreseg.config import GrpoConfig, RewardSettings, SftConfig, StageConfig, build, load, save
 from coreseg.errors import ConfigError
 
 NEEDED: dict[str, Any] = {"model": "nano", "data": ("set",), "out": "run"}
@@ -105,10 +105,11 @@ def test_a_missing_file_and_missing_settings_are_named(tmp_path: Path) -> None:
 
 
 def test_every_setting_is_explained() -> None:
-    explained = set[str]()
-    for names in re.findall(r"((?:\b\w+, )*\b\w+):", SftConfig.__doc__ or ""):
-        explained |= set(names.split(", "))
-    assert {field.name for field in fields(SftConfig)} <= explained
+    for kind, base in ((SftConfig, StageConfig), (GrpoConfig, StageConfig), (RewardSettings, RewardSettings)):
+        explained = set[str]()
+        for names in re.findall(r"((?:\b\w+, )*\b\w+):", f"{base.__doc__} {kind.__doc__}"):
+            explained |= set(names.split(", "))
+        assert {field.name for field in fields(kind)} <= explained
 
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)

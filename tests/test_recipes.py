@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coreseg.config import SftConfig, load
+from coreseg.config import GrpoConfig, SftConfig, load
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -20,7 +20,7 @@ def named(path: Path) -> str:
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("*.toml")), ids=named)
 def test_settings_are_valid(recipe: Path) -> None:
-    load(SftConfig, recipe)
+    load(GrpoConfig if "grpo" in recipe.stem else SftConfig, recipe)
 
 
 SCRIPTS = [path for path in sorted(RECIPES.rglob("*.py")) if "from coreseg" in path.read_text(encoding="utf-8")]

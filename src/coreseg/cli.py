@@ -327,6 +327,29 @@ def train_sft(
     typer.echo(f'{folder}: trained; try: coreseg segment IMAGE "QUESTION" --model {folder}')
 
 
+@train_app.command("grpo")
+@_clear_errors
+def train_grpo(
+    config: Annotated[Path, typer.Argument(help="TOML file of settings (see recipes/).")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one setting.")
+    ] = None,
+) -> None:
+    """Stage 2: sample several answers to each question, and reinforce those whose form, boxes and mask are better.
+
+    Starts from a model that stage 1 has trained. Run again with the same settings it goes on where it stopped. Watch
+    it: tensorboard --logdir RUN, and the sampled answers with their masks in RUN/samples. See docs/train.md.
+    """
+    from coreseg.config import GrpoConfig, load
+
+    settings = load(GrpoConfig, config, overrides or [])
+    _quiet_transformers()
+    from coreseg.train.grpo import train_grpo as run
+
+    folder = run(settings)
+    typer.echo(f'{folder}: trained; try: coreseg segment IMAGE "QUESTION" --model {folder}')
+
+
 @data_app.command("import")
 @_clear_errors
 def data_import(

@@ -7,40 +7,42 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from coreseg.errors import ConfigError
 
-Settings = TypeVar("Settings", bound="SftConfig")
+Settings = TypeVar("Settings", bound="StageConfig")
+Table = TypeVar("Table", bound="StageConfig | RewardSettings")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig:
-    """Stage 1. Where the paper is silent the values are our choice, usual ones for small vision-language models.
+class StageConfig:
+    """What both stages share. Where the paper is silent the values are our choice, usual ones for small models.
 
     model: checkpoint folder (or "nano") to start from.      data: data-set folders; all are trained on together.
     out: run folder: checkpoints, logs, sample overlays, the resolved settings.
     steps: optimiser steps.                                   batch_size: rows a device and step.
+    cpu_minutes: end after so much processor time of this process, validation not counted, even if steps are left;
+    0 sets no such limit. For comparisons at equal cost on a machine whose speed changes.
     accumulation: steps of gradients added up before one optimiser step.
     learning_rate: of LoRA, or of the whole language model where `lora_rank` is 0.
     head_learning_rate: of the adapter and the mask decoder.
     lora_rank, lora_alpha: LoRA on every linear layer of the language model; 0 trains the language model itself.
-    text_weight, mask_weight: of the two losses; a mask weight of 0 leaves adapter and segmenter alone.
-    box_weight: how much a token of a box's numbers weighs in the text loss, beside 1 for every other token.
-    fresh_adapter: start the adapter anew, centred on the states it will see; for one that no mask loss has trained.
+    mask_weight: of the mask loss; 0 leaves adapter and segmenter alone.
     train_decoder: whether the mask decoder trains beside the adapter.
     remeasure: change pictures at random and measure boxes and reasoning again on what came out. Only for reasoning by
     the measured describer; text by a teacher would no longer fit its picture.
     versions: how many changed versions of each picture `remeasure` makes; 0 makes a new one at every draw. With a few,
     what nano's frozen vision tower sees is computed once a version and kept in memory (24 KB each).
     keep_maps: keep the segmenter's feature maps of every version too (1.4 MB each for nano, 44 MB at 1,024 px).
-    with_reasoning: whether answers hold reasoning; without it texts are short, and boxes are most of them.
+    with_reasoning: whether reference answers hold reasoning; without it texts are short, and boxes are most of them.
     attribute_share: share of questions about one of several lesions, where the picture allows.
     absent_share: share of questions about a category of another anatomy, answered by the absent form.
     filler_share: share of questions with words of no meaning put around and between theirs, for reasoners made from
     scratch, which know no others than our templates'.
+    leave_out: sources that no row is taken from, for tests on sets that training never saw.
     balance: rows are drawn with weight 1 / (set size) ** balance; 0 draws rows evenly, 1 sets evenly.
     source_weights: a factor on that weight by source, for those that should come more or less often.
     warmup_steps: steps in which the learning rates rise; they fall by a cosine after.   weight_decay: of AdamW.
@@ -54,6 +56,7 @@ class SftConfig:
     data: tuple[str, ...]
     out: str
     steps: int = 1000
+    cpu_minutes: float = 0.0
     batch_size: int = 8
     accumulation: int = 1
     learning_rate: float = 1e-4
@@ -63,10 +66,7 @@ class SftConfig:
     max_grad_norm: float = 1.0
     lora_rank: int = 16
     lora_alpha: int = 32
-    text_weight: float = 1.0
     mask_weight: float = 1.0
-    box_weight: float = 1.0
-    fresh_adapter: bool = False
     train_decoder: bool = True
     remeasure: bool = False
     versions: int = 0
@@ -75,6 +75,7 @@ class SftConfig:
     attribute_share: float = 0.3
     absent_share: float = 0.05
     filler_share: float = 0.0
+    leave_out: tuple[str, ...] = ()
     balance: float = 0.5
     source_weights: dict[str, float] | None = None
     eval_every: int = 200
@@ -88,10 +89,10 @@ class SftConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "eval_every", "save_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("learning_rate", "head_learning_rate", "lora_alpha", "box_weight"):
+        for name in ("learning_rate", "head_learning_rate", "lora_alpha"):
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a number above 0")
         for name in (
-            "text_weight", "mask_weight", "lora_rank", "warmup_steps", "weight_decay", "max_grad_norm", "balance",
+            "cpu_minutes", "mask_weight", "lora_rank", "warmup_steps", "weight_decay", "max_grad_norm", "balance",
             "eval_samples", "versions", "workers", "seed",
         ):  # fmt: skip
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
@@ -103,6 +104,113 @@ class SftConfig:
         _require(bool(self.data), "data", self.data, "at least one data-set folder")
         for source, weight in (self.source_weights or {}).items():
             _require(0 <= weight < math.inf, f"source_weights, {source!r},", weight, "0 or more")
+
+    @property
+    def rows(self) -> int:
+        """Rows drawn a device and step."""
+        return self.batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(StageConfig):
+    """Stage 1, with these settings beside the shared ones.
+
+    text_weight: of the text loss, as `mask_weight` of the mask loss.
+    box_weight: how much a token of a box's numbers weighs in the text loss, beside 1 for every other token.
+    fresh_adapter: start the adapter anew, centred on the states it will see; for one that no mask loss has trained.
+    """
+
+    text_weight: float = 1.0
+    box_weight: float = 1.0
+    fresh_adapter: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(0 <= self.text_weight < math.inf, "text_weight", self.text_weight, "0 or more")
+        _require(0 < self.box_weight < math.inf, "box_weight", self.box_weight, "a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+    """Weights of the rewards, and the shape of the segment reward (see `coreseg.train.rewards`).
+
+    format_weight, detect_weight, segment_weight: of the paper's three.
+    faithfulness_weight: of the fourth, ours; off by default.
+    dice_from: the Dice from which the mask itself is rewarded, rather than its box.
+    alpha, beta: the reward is alpha + beta x Dice from there.
+    plain_dice: reward Dice alone, at every Dice; the ablation that shows what the second granularity earns.
+    """
+
+    format_weight: float = 1.0
+    detect_weight: float = 1.0
+    segment_weight: float = 1.0
+    faithfulness_weight: float = 0.0
+    dice_from: float = 0.05
+    alpha: float = 1.0
+    beta: float = 2.0
+    plain_dice: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("format_weight", "detect_weight", "segment_weight", "faithfulness_weight"):
+            _require(0 <= getattr(self, name) < math.inf, f"reward.{name}", getattr(self, name), "0 or more")
+        for name in ("alpha", "beta"):
+            _require(abs(getattr(self, name)) < math.inf, f"reward.{name}", getattr(self, name), "a number")
+        _require(0 <= self.dice_from <= 1, "reward.dice_from", self.dice_from, "between 0 and 1")
+
+
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoConfig(StageConfig):
+    """Stage 2, with these settings beside the shared ones. `batch_size` counts completions, as in TRL.
+
+    group_size: completions sampled of each prompt, which are compared with each other (4 in the paper's figure).
+    temperature: of sampling; log-probabilities are those of the tempered policy.
+    max_new_tokens: longest completion; 0 takes the longest answer that the answer grammar allows.
+    updates: optimiser steps made with one set of completions; from the second on ratios are clipped.
+    clip_low, clip_high: the ratio of new to old probability counts within 1 - clip_low and 1 + clip_high.
+    beta: weight of the KL divergence from the model that training starts from; 0 does without that model.
+    loss_type: how tokens are averaged. grpo: over a completion's tokens, then over completions; dr_grpo: over
+    completions of `max_new_tokens` each, whatever their length; dapo: over all tokens of the optimiser step.
+    advantage_weight: factor on the advantages; at 0 rollouts are made but only the mask loss acts (an ablation).
+    mask_truncated_completions: leave completions that hit the length limit out of the policy loss and the KL.
+    reward: a table, see `RewardSettings`.
+    samples_every: every so many steps the completions of one prompt are written out with their masks; 0 never.
+    """
+
+    learning_rate: float = 1e-5
+    head_learning_rate: float = 1e-5
+    group_size: int = 4
+    temperature: float = 1.0
+    max_new_tokens: int = 0
+    updates: int = 1
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    beta: float = 0.04
+    loss_type: str = "grpo"
+    advantage_weight: float = 1.0
+    mask_truncated_completions: bool = False
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    samples_every: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.group_size >= 2, "group_size", self.group_size, "at least 2: a group is compared within itself")
+        fits = self.batch_size % self.group_size == 0
+        expected = f"a multiple of group_size, {self.group_size}: it counts completions, and groups stay together"
+        _require(fits, "batch_size", self.batch_size, expected)
+        _require(self.updates >= 1, "updates", self.updates, "at least 1")
+        _require(0 < self.temperature < math.inf, "temperature", self.temperature, "a number above 0")
+        for name in ("max_new_tokens", "clip_high", "beta", "advantage_weight", "samples_every"):
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
+        _require(0 <= self.clip_low <= 1, "clip_low", self.clip_low, "between 0 and 1")
+        _require(self.loss_type in LOSS_TYPES, "loss_type", self.loss_type, "grpo, dr_grpo or dapo")
+
+    @property
+    def rows(self) -> int:
+        """Prompts a device and step; each has `group_size` completions."""
+        return self.batch_size // self.group_size
 
 
 def _require(fine: bool, name: str, got: object, expected: str) -> None:
@@ -131,7 +239,7 @@ def load(kind: type[Settings], path: str | Path, overrides: Sequence[str] = ()) 
     return build(kind, values, str(file))
 
 
-def build(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
+def build(kind: type[Table], values: Mapping[str, Any], where: str) -> Table:
     """Settings from plain values, each checked against its field's type. Raises ConfigError as `load` does."""
     hints = typing.get_type_hints(kind)
     for key in values:
@@ -140,7 +248,8 @@ def build(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settin
             hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(hints)}"
             raise ConfigError(f"{where}: unknown setting {key!r}; {hint}")
     checked = {key: _as_type(value, hints[key], f"{where}: setting {key!r}") for key, value in values.items()}
-    missing = [field.name for field in fields(kind) if field.default is MISSING and field.name not in checked]
+    needed = [each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING]
+    missing = [name for name in needed if name not in checked]
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} missing; give it in the file or with --set")
     return kind(**checked)
@@ -157,6 +266,8 @@ def _as_type(value: Any, hint: Any, where: str) -> Any:
     """The value as its field holds it. TOML has lists for tuples, and whole numbers pass for floats."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
+        if is_dataclass(option) and isinstance(value, dict):
+            return build(typing.cast(Any, option), value, where)
         if option is float and _is_number(value):
             return float(value)
         if option in (int, str, bool) and type(value) is option:
@@ -182,10 +293,11 @@ _TYPE_NAMES: Mapping[Any, str] = {
     str: "text",
     tuple[str, ...]: "text or a list of texts",
     dict[str, float]: "a table of numbers, such as {busi = 2.0}",
+    RewardSettings: "a table, such as {faithfulness_weight = 0.5}",
 }
 
 
-def save(settings: SftConfig, path: Path) -> None:
+def save(settings: StageConfig, path: Path) -> None:
     """Write settings as TOML that `load` reads back to the same values."""
     lines = [f"{key} = {_to_toml(value)}" for key, value in asdict(settings).items() if value is not None]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

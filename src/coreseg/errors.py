@@ -5,6 +5,7 @@
     ├── DataError           a data set, or a row of one, that breaks the on-disk contract
     ├── ModelError          a checkpoint that is missing, incomplete or not a CORE-Seg
     ├── ConfigError         a setting that is unknown, of the wrong type or out of range
+    ├── TrainingError       a run whose numbers went bad, so that going on would spoil the model
     └── MissingExtraError   an optional dependency that is not installed
 
 A malformed answer of a model is none of these: it is a recorded result (see `coreseg.answer.parse`).
@@ -29,6 +30,10 @@ class ModelError(CoreSegError):
 
 class ConfigError(CoreSegError):
     """A configuration value is unknown, of the wrong type, or out of range."""
+
+
+class TrainingError(CoreSegError):
+    """A training run's loss is not a number any more; its last checkpoint is still good."""
 
 
 class MissingExtraError(CoreSegError):

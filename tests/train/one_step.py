@@ -1,8 +1,8 @@
-"""One plain gradient step of stage 1, by as many processes as the launcher says; the first one saves the weights.
+"""One plain gradient step of either stage, by as many processes as the launcher says; the first saves the weights.
 
 python tests/train/one_step.py MODEL DATA OUT ROWS_A_PROCESS
 
-Twice from the same start: with every mask, and with answers without a `<seg>` in the first two draws.
+Each stage twice from the same start: with every mask, and with nothing that has a `<seg>` in the first two draws.
 """
 
 import sys
@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scripted import PartlySilent, settings, trainer_of
 
 from coreseg.config import SftConfig
 from coreseg.model.assemble import load_parts
 from coreseg.train.collate import Example, Examples
-from coreseg.train.sft import Collator, SftTrainer, prepare, training_arguments
+from coreseg.train.sft import Collator, SftTrainer
+from coreseg.train.trainer import StageTrainer, prepare
 from coreseg.types import Answer
 
 
@@ -30,9 +32,7 @@ class PartlyMuted(Examples):
         return replace(example, mask=np.zeros_like(example.mask), answer=answer)
 
 
-def step(model_path: str, data: str, out: str, rows: int, muted: int) -> None:
-    """One step from the checkpoint; the first process writes the weights after it."""
-    PartlyMuted.muted = muted
+def sft(model_path: str, data: str, out: str, rows: int) -> StageTrainer:
     config = SftConfig(
         model=model_path, data=(data,), out=out, steps=1, batch_size=rows, warmup_steps=0, lora_rank=0,
         learning_rate=1.0, head_learning_rate=1.0, eval_samples=0, save_every=100,
@@ -40,19 +40,32 @@ def step(model_path: str, data: str, out: str, rows: int, muted: int) -> None:
     torch.manual_seed(0)
     model, processor = load_parts(config.model)
     prepare(model, config)
-    trainer = SftTrainer(
+    return SftTrainer(
         model=model,
-        args=training_arguments(config),
+        settings=config,
+        processor=processor,
         train_dataset=PartlyMuted.open(config, "train"),
         data_collator=Collator(processor),
-        settings=config,
     )
-    trainer.train()
-    if trainer.is_world_process_zero():
-        torch.save(model.state_dict(), Path(out) / f"weights-{muted}.pt")
+
+
+def grpo(model: str, data: str, out: str, rows: int) -> StageTrainer:
+    return trainer_of(  # type: ignore[no-any-return]
+        settings(
+            model, data, out, steps=1, batch_size=4 * rows, group_size=4, lora_rank=0, learning_rate=1.0,
+            head_learning_rate=1.0, loss_type="dapo",
+        )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
     torch.optim.AdamW = lambda groups, betas, weight_decay: torch.optim.SGD(groups)  # type: ignore[misc, assignment]
-    for without_mask in (0, 2):
-        step(*sys.argv[1:4], rows=int(sys.argv[4]), muted=without_mask)
+    out = Path(sys.argv[3])
+    for stage in (sft, grpo):
+        for without_mask in (0, 2):
+            PartlyMuted.muted = PartlySilent.silent = without_mask
+            trainer = stage(*sys.argv[1:4], rows=int(sys.argv[4]))
+            trainer.train()
+            if trainer.is_world_process_zero():
+                weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+                torch.save(weights, out / f"{stage.__name__}-{without_mask}.pt")

@@ -2,10 +2,6 @@
 
 import copy
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +17,10 @@ from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import CoreSegProcessor
 from coreseg.nano.vision import NanoVisionModel
 from coreseg.segmenter import Segmenter
-from coreseg.train import sft
+from coreseg.train import trainer as stages
 from coreseg.train.collate import Draws, Examples
-from coreseg.train.sft import (
-    USUAL_TOKENS,
-    Collator,
-    SftTrainer,
-    prepare,
-    save_checkpoint,
-    text_loss,
-    train_sft,
-    training_arguments,
-)
+from coreseg.train.sft import USUAL_TOKENS, Collator, SftTrainer, text_loss, train_sft
+from coreseg.train.trainer import prepare, save_checkpoint
 from coreseg.types import Answer
 
 
@@ -52,10 +40,10 @@ def trained(config: SftConfig) -> tuple[dict[str, torch.Tensor], CoreSeg, CoreSe
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     SftTrainer(
         model=model,
-        args=training_arguments(config),
+        settings=config,
+        processor=processor,
         train_dataset=Examples.open(config, "train"),
         data_collator=Collator(processor),
-        settings=config,
     ).train()
     return before, model, processor
 
@@ -116,41 +104,6 @@ def test_four_times_two_equals_eight(
         torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def stepped(nano: Path, phantoms: Path, out: Path, processes: int) -> list[dict[str, torch.Tensor]]:
-    """The weights after one step of four rows over so many gloo processes: with all masks, and with two of them."""
-    out.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(Path(__file__).parent / "one_step.py"), str(nano), str(phantoms), str(out)]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    alone = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [*command, str(4 // processes)],
-            env=os.environ | alone | (shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in range(processes)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors.decode()[-2000:]
-    return [torch.load(out / f"weights-{muted}.pt", weights_only=True) for muted in (0, 2)]
-
-
-def test_two_processes_equal_one(nano: Path, phantoms: Path, tmp_path: Path) -> None:
-    """With the first two rows without a mask, one of two processes has none at all."""
-    start = load_parts(nano)[0].state_dict()
-    ones, twos = (stepped(nano, phantoms, tmp_path / str(number), number) for number in (1, 2))
-    for one, two in zip(ones, twos, strict=True):
-        assert any(not torch.equal(one[name], start[name]) for name in one)
-        for name, tensor in one.items():
-            torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
-    assert any(not torch.equal(ones[0][name], tensor) for name, tensor in ones[1].items())
-
-
 def test_what_is_kept_of_pictures_trains_as_pixels_do(
     nano: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,15 +111,15 @@ def test_what_is_kept_of_pictures_trains_as_pixels_do(
     config = settings(nano, phantoms, tmp_path / "a", remeasure=True, versions=1, keep_maps=True, steps=6, batch_size=6)
     towers: list[int] = []
     encoders: list[int] = []
-    look, encode = NanoVisionModel.look, sft.encode_image
+    look, encode = NanoVisionModel.look, stages.encode_image
     monkeypatch.setattr(NanoVisionModel, "look", lambda self, pixels: towers.append(len(pixels)) or look(self, pixels))
     monkeypatch.setattr(
-        sft, "encode_image", lambda model, pixels: encoders.append(len(pixels)) or encode(model, pixels)
+        stages, "encode_image", lambda model, pixels: encoders.append(len(pixels)) or encode(model, pixels)
     )
     _, kept, _ = trained(config)
     pictures = sum(towers)
     assert pictures < 36 and encoders == towers
-    monkeypatch.setattr(SftTrainer, "_looked", lambda self, model, inputs, pictures: inputs)
+    monkeypatch.setattr(SftTrainer, "looked", lambda self, model, inputs, pictures: inputs)
     _, fresh, _ = trained(replace(config, out=str(tmp_path / "b"), keep_maps=False))
     assert sum(towers) == pictures + 36 and sum(encoders) == pictures
     for (name, one), (_, other) in zip(kept.named_parameters(), fresh.named_parameters(), strict=True):
@@ -216,8 +169,7 @@ def test_a_fresh_adapter_says_any_lesion_of_the_states_it_will_see(nano: Path, p
     prepare(model, config)
     examples = Examples.open(config, "train")
     SftTrainer(
-        model=model, args=training_arguments(config), train_dataset=examples, data_collator=Collator(processor),
-        settings=config,
+        model=model, settings=config, processor=processor, train_dataset=examples, data_collator=Collator(processor),
     ).start_adapter()  # fmt: skip
     drawn = [examples[each] for each in Draws(examples.weights, 8, config.seed)]
     batch = Collator(processor)(drawn)["batch"]

@@ -136,6 +136,7 @@ def load_parts(name_or_path: str | Path, dtype: torch.dtype | None = None) -> tu
             raise ModelError(
                 f"{name_or_path} holds a {kind!r}, not a CORE-Seg; join it with a segmenter by `coreseg assemble`"
             )
+        processor = CoreSegProcessor.from_pretrained(place)  # the quick part first: it knows a checkpoint without <seg>
         loaded: Any = CoreSeg.from_pretrained(place, dtype=dtype or torch.float32, output_loading_info=True)
         model, report = loaded
         if report["missing_keys"]:
@@ -147,7 +148,7 @@ def load_parts(name_or_path: str | Path, dtype: torch.dtype | None = None) -> tu
             )
         # Loading makes every weight trainable again.
         model.segmenter.vision_encoder.requires_grad_(False)
-        return model, CoreSegProcessor.from_pretrained(place)
+        return model, processor
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {name_or_path}: cannot be loaded: {_first(error)}") from error
 

@@ -10,7 +10,7 @@ Source: CORE-Seg (arXiv 2603.05911).
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -250,10 +250,11 @@ class CoreSeg(PreTrainedModel):
         input_ids: Int[torch.Tensor, "batch tokens"],
         attention_mask: Int[torch.Tensor, "batch tokens"],
         reasoner_inputs: Mapping[str, Any],
-        segmenter_pixels: Float[torch.Tensor, "batch 3 side side"],
         max_new_tokens: int,
         eos_token_id: int,
         pad_token_id: int,
+        segmenter_pixels: Float[torch.Tensor, "batch 3 side side"] | None = None,
+        segmenter_maps: FeatureMaps | None = None,
         constraint: Any | None = None,
         temperature: float = 0.0,
         read_boxes: Callable[[list[list[int]]], Boxes] | None = None,
@@ -261,7 +262,9 @@ class CoreSeg(PreTrainedModel):
         """Write the answer, and decode the mask of each completion from the states kept while writing.
 
         Prompts are padded on the left. Greedy at temperature 0, else sampled from the policy itself (no top-k or
-        top-p). A completion whose `<seg>` never became an input, cut off by the length limit, has no mask.
+        top-p); only a picture's placeholder is never written, since no pass over the text could read it back. The
+        segmenter's picture comes as in `forward`. A completion whose `<seg>` never became an input, cut off by the
+        length limit, has no mask.
         """
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
@@ -277,6 +280,7 @@ class CoreSeg(PreTrainedModel):
                 num_beams=1,
                 repetition_penalty=1.0,
                 use_cache=True,
+                suppress_tokens=_placeholders(self.config.reasoner_config),
                 logits_processor=LogitsProcessorList([constraint] if constraint else []),
                 **sampling,
             )
@@ -288,10 +292,13 @@ class CoreSeg(PreTrainedModel):
         with_mask = chosen.any(dim=1)
         mask_logits: list[Float[torch.Tensor, "height width"] | None] = [None] * len(input_ids)
         rows = [ids[: ids.index(eos_token_id)] if eos_token_id in ids else ids for ids in completion.tolist()]
-        if with_mask.any():
+        if with_mask.any() and (segmenter_pixels is not None or segmenter_maps is not None):
             kept = torch.stack([step[:, -1] for step in seen[1:]], dim=1)
             states, present = _gather(kept, chosen)
-            maps = encode_image(self.segmenter, segmenter_pixels[with_mask])
+            if segmenter_maps is not None:
+                maps = [level[with_mask] for level in segmenter_maps]
+            else:
+                maps = encode_image(self.segmenter, cast(torch.Tensor, segmenter_pixels)[with_mask])
             numbers = torch.nonzero(with_mask)[:, 0].tolist()
             boxes = None
             if self.config.box_prompts and read_boxes:
@@ -301,6 +308,13 @@ class CoreSeg(PreTrainedModel):
             for row, logits in zip(numbers, decoded, strict=True):
                 mask_logits[row] = logits
         return Generation(ids=rows, mask_logits=mask_logits)
+
+
+def _placeholders(reasoner_config: Any) -> list[int] | None:
+    """The tokens that stand for pictures and films in a prompt."""
+    names = ("image_token_id", "image_token_index", "video_token_id")
+    found = [getattr(reasoner_config, name, None) for name in names]
+    return [token for token in found if token is not None] or None
 
 
 def fresh_adapter(config: CoreSegConfig) -> SemanticPromptAdapter:

@@ -44,7 +44,7 @@ class Batch:
     labels: Int[torch.Tensor, "batch tokens"]
     of_boxes: Bool[torch.Tensor, "batch tokens"]
     reasoner_inputs: dict[str, torch.Tensor]
-    segmenter_pixels: Float[torch.Tensor, "batch 3 side side"]
+    segmenter_pixels: Float[torch.Tensor, "pictures 3 side side"]
     frames_wh: list[tuple[int, int]]
     segmenter_boxes: list[Float[torch.Tensor, "_ 4"]]
 
@@ -103,10 +103,18 @@ class CoreSegProcessor:
         return self._grammar
 
     def __call__(
-        self, images: Sequence[Picture], questions: Sequence[str], answers: Sequence[Answer] | None = None
+        self,
+        images: Sequence[Picture],
+        questions: Sequence[str],
+        answers: Sequence[Answer] | None = None,
+        copies: int = 1,
     ) -> Batch:
-        """Prompts for generation or, with `answers` (boxes in each image's own pixels), whole rows for training."""
-        prompts = [self._prompt(image, question) for image, question in zip(images, questions, strict=True)]
+        """Prompts for generation or, with `answers` (boxes in each image's own pixels), whole rows for training.
+
+        `copies`: how many rows each prompt gets, side by side; the segmenter's pixels still come once a picture.
+        """
+        asked = [self._prompt(image, question) for image, question in zip(images, questions, strict=True)]
+        prompts = [prompt for prompt in asked for _ in range(copies)]
         rows, labels, of_boxes = [], [], []
         for number, prompt in enumerate(prompts):
             parts: list[tuple[int, bool]] = []

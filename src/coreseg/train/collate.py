@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch.nn import functional
 from torch.utils.data import Dataset, Sampler
 
-from coreseg.config import SftConfig
+from coreseg.config import StageConfig
 from coreseg.data.build.describe import describe
 from coreseg.data.store import LesionSet
 from coreseg.errors import DataError
@@ -43,16 +43,24 @@ class Examples(Dataset[Example]):
     workers and several processes all see the examples of an uninterrupted one.
     """
 
-    def __init__(self, rows: list[tuple[LesionSet, Sample]], config: SftConfig) -> None:
+    def __init__(self, rows: list[tuple[LesionSet, Sample]], config: StageConfig) -> None:
         self.rows = rows
         self.config = config
         self._categories = sorted({(sample.anatomy, sample.category) for _, sample in rows})
 
     @classmethod
-    def open(cls, config: SftConfig, split: str) -> "Examples":
-        """All rows of `split`; raises DataError where there is none to train on."""
+    def open(cls, config: StageConfig, split: str) -> "Examples":
+        """All rows of `split` but the sources left out; raises DataError where there is none to train on."""
         sets = [LesionSet.open(path) for path in config.data]
-        rows = [(lesions, sample) for lesions in sets for sample in lesions.split(split)]
+        known = {sample.source for lesions in sets for sample in lesions.samples}
+        if unknown := sorted(set(config.leave_out) - known):
+            raise DataError(f"leave_out names {', '.join(unknown)}; the sources there are: {', '.join(sorted(known))}")
+        rows = [
+            (lesions, sample)
+            for lesions in sets
+            for sample in lesions.split(split)
+            if sample.source not in config.leave_out
+        ]
         if split == "train" and not rows:
             raise DataError(f"no train rows in {', '.join(config.data)}; set `split` to train in metadata.jsonl")
         return cls(rows, config)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torchvision.ops import generalized_box_iou
 
+from coreseg.config import RewardSettings
 from coreseg.masks import tight_box
 from coreseg.metrics import Boxes, detect_score, dice
 from coreseg.statements import holds
@@ -25,25 +26,6 @@ from coreseg.types import Answer, Box
 
 NOTHING = -1.0
 """The segment reward of no mask where there is a lesion, or of a mask where there is none: the least GIoU."""
-
-
-@dataclass(frozen=True)
-class RewardSettings:
-    """Weights, and the shape of the segment reward.
-
-    dice_from: the Dice from which the mask itself is rewarded, rather than its box.
-    alpha, beta: the reward is alpha + beta x Dice from there.
-    plain_dice: reward Dice alone, at every Dice; the ablation that shows what the second granularity earns.
-    """
-
-    format_weight: float = 1.0
-    detect_weight: float = 1.0
-    segment_weight: float = 1.0
-    faithfulness_weight: float = 0.0
-    dice_from: float = 0.05
-    alpha: float = 1.0
-    beta: float = 2.0
-    plain_dice: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,32 @@
+"""A fold of a data set's training rows to choose settings on: the validation part is not looked at.
+
+python recipes/nano/fold.py DATASET --out DIR [--fold K] [--folds N]
+
+Cases stay together; a row whose case is unknown stays with its image. The fold's rows become the new set's `val`.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from zlib import crc32
+
+from coreseg.data.store import LesionSet, write_set
+from coreseg.types import Sample
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--folds", type=int, default=5)
+    options = parser.parse_args()
+    lesions = LesionSet.open(options.dataset)
+
+    def moved(sample: Sample) -> Sample:
+        group = crc32((sample.case or sample.file_name).encode()) % options.folds
+        return replace(sample, split="val" if group == options.fold else "train")
+
+    options.out.mkdir(parents=True)
+    for folder in ("images", "masks"):
+        (options.out / folder).symlink_to((options.dataset / folder).resolve())
+    write_set(options.out, [moved(sample) for sample in lesions.split("train")])
