@@ -389,8 +389,8 @@ class GrpoTrainer(StageTrainer):
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"step {self.state.global_step + 1}: the loss is {loss.item()} (policy {policy.loss.item():.4g}, "
-                f"KL {policy.kl.item():.4g}); lower learning_rate or max_grad_norm, or go on from the last checkpoint in "
-                f"{config.out} with a new `out`"
+                f"KL {policy.kl.item():.4g}); lower learning_rate or max_grad_norm and start in another `out`; "
+                f"the last checkpoint in {config.out} is still good"
             )
         return (loss, output) if return_outputs else loss
 
