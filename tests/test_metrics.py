@@ -15,6 +15,7 @@ from coreseg.metrics import (
     box_iou,
     detect_score,
     dice,
+    difference_interval,
     iou,
     is_failure,
     macro_bootstrap_interval,
@@ -169,6 +170,25 @@ def test_macro_bootstrap_of_one_set_is_the_pooled_one() -> None:
     assert macro_bootstrap_interval(values, cases, ["one"] * 40) == bootstrap_interval(values, cases)
 
 
+def test_one_run_a_side_is_the_paired_bootstrap() -> None:
+    gains = np.random.default_rng(5).normal(0, 1, 40)
+    cases, sets = [str(row // 3) for row in range(40)], ["one", "two"] * 20
+    one = gains[None, None]
+    assert difference_interval(one, cases, [""] * 40) == bootstrap_interval(gains.tolist(), cases)
+    assert difference_interval(one, cases, sets) == macro_bootstrap_interval(gains.tolist(), cases, sets)
+
+
+def test_seeds_are_drawn_on_each_side() -> None:
+    """Two rows alike, so cases bring no noise: what varies is which of A's two runs and of B's two are drawn."""
+    a, b = np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([[10.0, 10.0], [30.0, 30.0]])
+    names = ["x", "y"]
+    interval = difference_interval(b[None] - a[:, None], names, ["", ""])
+    assert interval == Interval(9.0, 30.0)
+    assert difference_interval(b[None] - a[:1, None], names, ["", ""]) == Interval(10.0, 30.0)
+    middle = difference_interval(b[None] - a[:, None], names, ["", ""], level=0.3)
+    assert 19 <= middle.low <= middle.high <= 20, "half of the draws hold both of B's runs"
+
+
 @pytest.mark.parametrize("names", [[], ["a"], ["a"] * 3])
 def test_lists_of_unlike_length_are_refused(names: list[str]) -> None:
     values = [0.5, 0.6] if names else []
@@ -183,5 +203,6 @@ def test_bootstrap_is_fast() -> None:
     values = np.random.default_rng(0).random(500).tolist()
     start = time.process_time()
     bootstrap_interval(values, [""] * 500)
+    difference_interval(np.zeros((3, 3, 500)), [""] * 500, [""] * 500)
     macro_bootstrap_interval(values, [""] * 500, [str(row % 26) for row in range(500)])
     assert time.process_time() - start < 1.0
