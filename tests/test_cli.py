@@ -317,3 +317,38 @@ def test_check_finds_a_picture_in_two_splits(source: Path) -> None:
     done = run("data", "check", "set")
     assert done.exit_code == 1
     assert "copy.png" in done.stdout and "equal pixels" in done.stdout
+
+
+@pytest.fixture
+def evaluated(phantoms: Path) -> list[str]:
+    """Two evaluations of the same questions: the blind guess by the right category, and by none."""
+    from dataclasses import replace
+
+    from coreseg.data.store import LesionSet
+    from coreseg.evaluate import BlindBaseline, evaluate
+
+    lesions = LesionSet.open(phantoms)
+    blind = BlindBaseline.fit(lesions)
+    for name, guess in (("one", blind), ("two", replace(blind, by_category={}))):
+        evaluate(lesions, guess, out=Path(name), progress=False)
+    return ["one", "two"]
+
+
+def test_compare_prints_verdicts_and_writes_rows(evaluated: list[str]) -> None:
+    done = run("compare", *evaluated, "--out", "rows.csv")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert "verdict" in done.stdout and "mDice" in done.stdout
+    assert len(Path("rows.csv").read_text().splitlines()) == len(Path("one/records.jsonl").read_text().splitlines())
+    same = json.loads(run("compare", "one", "one", "--json").stdout)
+    assert same["pooled"]["dice"]["verdict"] == "not distinguishable"
+    assert same["a"][0]["folder"] == "one" and same["b"][0]["settings"]["split"] == "val"
+    shutil.copytree("two", "three")
+    seeds = json.loads(run("compare", *evaluated, "--b", "three", "--json").stdout)
+    assert [each["folder"] for each in seeds["b"]] == ["two", "three"]
+
+
+def test_compare_names_what_does_not_fit(evaluated: list[str], tmp_path: Path) -> None:
+    assert "nosuch: no records" in complaint(run("compare", "one", "nosuch"))
+    assert "ending in .csv" in complaint(run("compare", *evaluated, "--out", "rows.txt"))
+    assert "one folder twice" in complaint(run("compare", *evaluated, "--a", "one"))
+    assert run("compare", "one").exit_code == 2

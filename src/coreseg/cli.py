@@ -227,8 +227,6 @@ def evaluate(
 
     Example: coreseg evaluate my-set --model nano --out figures
     """
-    from rich.console import Console
-
     from coreseg.data.store import LesionSet
     from coreseg.evaluate.baselines import BlindBaseline
     from coreseg.evaluate.report import evaluate_and_report, print_table, summary, write_summary
@@ -245,8 +243,7 @@ def evaluate(
         "limit": limit,
         "progress": not as_json and sys.stderr.isatty(),
     }
-    # The tables are made for 120 columns; where nobody watches they get them.
-    console = None if as_json else Console(width=None if sys.stdout.isatty() else 120)
+    console = None if as_json else _console()
     others: list[Evaluation] = []
     if model == "blind":
         if free or question_blind or device or dtype:
@@ -265,6 +262,57 @@ def evaluate(
         done, others = evaluate_and_report(lesions, predictor, console=console, baselines=beside, **options)
     if as_json:
         typer.echo(json.dumps(summary(done, others), indent=1))
+
+
+@app.command()
+@_clear_errors
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Folder that `coreseg evaluate --out` wrote.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Such a folder of what is compared with A.")],
+    more_a: Annotated[
+        list[Path] | None,
+        typer.Option("--a", metavar="FOLDER", help="A further training seed of A; as many as wanted."),
+    ] = None,
+    more_b: Annotated[
+        list[Path] | None,
+        typer.Option("--b", metavar="FOLDER", help="A further training seed of B; as many as wanted."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="CSV file for the differences, question by question.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON instead of tables.")] = False,
+) -> None:
+    """Compare two evaluations of the same questions: B less A, paired, with 95 % intervals and a verdict in words.
+
+    The intervals draw the cases again, and the training seeds where a side has several.
+
+    Example: coreseg compare sft-0 grpo-0 --a sft-1 --b grpo-1 --out differences.csv
+    """
+    from coreseg.evaluate.compare import compare as run
+    from coreseg.evaluate.compare import matched, print_comparison, read_side, write_differences
+
+    if out and out.suffix.lower() != ".csv":
+        raise InputError(f"--out is {out}; expected a name ending in .csv")
+    sides = read_side("A", [a, *(more_a or [])]), read_side("B", [b, *(more_b or [])])
+    pairs = matched(*sides)
+    comparison = run(pairs)
+    if out:
+        write_differences(out, pairs)
+    if as_json:
+        asked = {
+            name: [{"folder": str(each.folder), "settings": each.settings} for each in side]
+            for name, side in zip("ab", sides, strict=True)
+        }
+        typer.echo(json.dumps({**asked, **comparison}, indent=1))
+    else:
+        print_comparison(*sides, comparison, _console())
+
+
+def _console() -> Any:
+    """Where tables go: they are made for 120 columns, and where nobody watches they get them."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 @app.command()

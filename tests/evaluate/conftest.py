@@ -12,6 +12,7 @@ from PIL import Image
 
 from coreseg.answer import answer_sentence, render
 from coreseg.data.store import LesionSet
+from coreseg.evaluate import Record
 from coreseg.types import Answer, Box, Result, Sample
 
 WIDTH, HEIGHT = 40, 30
@@ -66,6 +67,23 @@ def filled(boxes: Sequence[Box]) -> np.ndarray:
     for x1, y1, x2, y2 in boxes:
         mask[y1:y2, x1:x2] = True
     return mask
+
+
+def made(**fields: Any) -> Record:
+    """A record of a found, half right lesion, but for `fields`."""
+    usual: dict[str, Any] = {
+        "file_name": "i.png", "mask_file_name": "m.png", "source": "s", "modality": "mri", "anatomy": "head",
+        "category": "cyst", "case": "", "attribute": "", "question": "?", "lesion_share": 0.1, "text": "",
+        "valid": True, "found": True, "wrong_category": False, "predicted_share": 0.1, "dice": 0.5,
+        "iou": 1 / 3, "detect": 0.5, "boxes": (), "seconds": 1.0,
+    }  # fmt: skip
+    return Record(**{**usual, **fields})
+
+
+@pytest.fixture(name="made", scope="session")
+def made_fixture() -> Callable[..., Record]:
+    """`made`, for tests that need records without a predictor."""
+    return made
 
 
 @pytest.fixture(name="give")

@@ -16,6 +16,8 @@ from coreseg.errors import ConfigError, DataError
 from coreseg.evaluate import Evaluation, Record, evaluate, summarise
 from coreseg.types import Result, Sample
 
+Make = Callable[..., Record]
+
 
 def run(lesion_set: LesionSet, predictor: Any, **options: Any) -> Evaluation:
     """`evaluate` without a progress bar."""
@@ -225,17 +227,6 @@ def test_attribute_questions_of_the_package_are_asked_and_scored(lesion_set: Les
     assert all(record.question in oracle.asked and record.dice == record.whole_dice < 1 for record in asked)
 
 
-def made(**fields: Any) -> Record:
-    """A record of a found, half right lesion, but for `fields`."""
-    usual: dict[str, Any] = {
-        "file_name": "i.png", "mask_file_name": "m.png", "source": "s", "modality": "mri", "anatomy": "head",
-        "category": "cyst", "case": "", "attribute": "", "question": "?", "lesion_share": 0.1, "text": "",
-        "valid": True, "found": True, "wrong_category": False, "predicted_share": 0.1, "dice": 0.5,
-        "iou": 1 / 3, "detect": 0.5, "boxes": (), "seconds": 1.0,
-    }  # fmt: skip
-    return Record(**{**usual, **fields})
-
-
 @settings(max_examples=25)  # a summary holds some hundred bootstraps
 @given(
     st.lists(
@@ -244,7 +235,7 @@ def made(**fields: Any) -> Record:
         max_size=8,
     )
 )
-def test_summary_equals_brute_force(rows: list[tuple[str, float, bool, bool]]) -> None:
+def test_summary_equals_brute_force(made: Make, rows: list[tuple[str, float, bool, bool]]) -> None:
     records = [
         made(source=source, dice=score if valid else 0.0, valid=valid, lesion_share=0.1 * lesion)
         for source, score, valid, lesion in rows
@@ -273,25 +264,25 @@ def test_no_records_sum_up_to_nothing() -> None:
     assert summary["pooled"] is summary["macro"] is summary["attributes"] is summary["seconds_median"] is None
 
 
-def test_size_quartiles_hold_a_quarter_each() -> None:
+def test_size_quartiles_hold_a_quarter_each(made: Make) -> None:
     records = [made(lesion_share=share / 100, dice=share / 100) for share in range(1, 13)]
     quarters = summarise(records)["by"]["size"]
     assert [(name[:2], block["n"]) for name, block in quarters.items()] == [(f"Q{k}", 3) for k in (1, 2, 3, 4)]
     assert [block["dice"]["mean"] for block in quarters.values()] == pytest.approx([2.0, 5.0, 8.0, 11.0])
 
 
-def test_equal_sizes_do_not_break_the_quartiles() -> None:
+def test_equal_sizes_do_not_break_the_quartiles(made: Make) -> None:
     assert sum(block["n"] for block in summarise([made()] * 5)["by"]["size"].values()) == 5
 
 
-def test_sensitivity_wants_the_word_and_the_mask() -> None:
+def test_sensitivity_wants_the_word_and_the_mask(made: Make) -> None:
     records = [made(), made(found=False), made(predicted_share=0.0), made(lesion_share=0.0)]
     presence = summarise(records)["presence"]
     assert presence["sensitivity"]["mean"] == pytest.approx(100 / 3)
     assert presence["specificity"]["mean"] == 0.0
 
 
-def test_intervals_go_by_case() -> None:
+def test_intervals_go_by_case(made: Make) -> None:
     dices = [0.0, 1.0] * 20
     known = summarise([made(dice=dice, case=str(dice)) for dice in dices])["pooled"]["dice"]
     unknown = summarise([made(dice=dice, file_name=f"{row}.png") for row, dice in enumerate(dices)])["pooled"]["dice"]

@@ -69,7 +69,9 @@ class Record:
 Figure = dict[str, float]
 """`mean` with its 95 % interval, `low` and `high`, by case; in % of the scores' unit."""
 
-_SCORES: dict[str, Callable[[Record], float]] = {
+Score = Callable[[Record], float]
+
+SCORES: dict[str, Score] = {
     "dice": lambda record: record.dice,
     "iou": lambda record: record.iou,
     "detect": lambda record: record.detect,
@@ -79,6 +81,17 @@ _SCORES: dict[str, Callable[[Record], float]] = {
     "near_miss": lambda record: record.dice < NEAR_MISS_DICE,
     "wrong_category": lambda record: record.wrong_category,
 }
+"""What every row with the lesion is scored by, in [0, 1]."""
+
+
+def is_empty(record: Record) -> bool:
+    """Whether the answer gave no mask: right on a lesion-free row, which is what specificity counts."""
+    return record.predicted_share == 0
+
+
+def attribute_gain(record: Record) -> float:
+    """Of an attribute question: Dice less that of the predictor's own mask of the whole category."""
+    return record.dice - (record.plain_dice or 0.0)
 
 
 def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, Any]:
@@ -120,7 +133,7 @@ def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, Any]:
 _PARTS = ("source", "modality", "anatomy", "category")
 
 
-def _figure(records: Sequence[Record], score: Callable[[Record], float], seed: int) -> Figure:
+def _figure(records: Sequence[Record], score: Score, seed: int) -> Figure:
     values = [float(score(record)) for record in records]
     return _percent(float(np.mean(values)), bootstrap_interval(values, [record.drawn_with for record in records], seed))
 
@@ -130,13 +143,13 @@ def _percent(mean: float, interval: Interval) -> Figure:
 
 
 def _pooled(records: Sequence[Record], seed: int) -> dict[str, Any]:
-    return {"n": len(records), **{name: _figure(records, score, seed) for name, score in _SCORES.items()}}
+    return {"n": len(records), **{name: _figure(records, score, seed) for name, score in SCORES.items()}}
 
 
 def _macro(records: Sequence[Record], seed: int) -> dict[str, Any]:
     sets, cases = [record.source for record in records], [record.drawn_with for record in records]
     figures = {}
-    for name, score in _SCORES.items():
+    for name, score in SCORES.items():
         values = [float(score(record)) for record in records]
         figures[name] = _percent(macro_mean(values, sets), macro_bootstrap_interval(values, cases, sets, seed))
     return {"sets": len(set(sets)), **figures}
@@ -162,16 +175,13 @@ def _size_quartile(records: Sequence[Record]) -> Callable[[Record], str]:
 
 
 def _presence(lesion: Sequence[Record], lesion_free: Sequence[Record], seed: int) -> dict[str, Any]:
-    def empty(record: Record) -> bool:
-        return record.predicted_share == 0
-
     sources = sorted({record.source for record in lesion_free})
     return {
-        "sensitivity": _figure(lesion, lambda record: record.found and not empty(record), seed) if lesion else None,
-        "specificity": _figure(lesion_free, empty, seed) if lesion_free else None,
-        "invalid_lesion_free": _figure(lesion_free, _SCORES["invalid"], seed) if lesion_free else None,
+        "sensitivity": _figure(lesion, lambda record: record.found and not is_empty(record), seed) if lesion else None,
+        "specificity": _figure(lesion_free, is_empty, seed) if lesion_free else None,
+        "invalid_lesion_free": _figure(lesion_free, SCORES["invalid"], seed) if lesion_free else None,
         "specificity_by_source": {
-            source: _figure([record for record in lesion_free if record.source == source], empty, seed)
+            source: _figure([record for record in lesion_free if record.source == source], is_empty, seed)
             for source in sources
         },
     }
@@ -180,7 +190,7 @@ def _presence(lesion: Sequence[Record], lesion_free: Sequence[Record], seed: int
 def _pairs(records: Sequence[Record], seed: int) -> dict[str, Any] | None:
     def both(rows: Sequence[Record]) -> dict[str, Any]:
         other = _figure(rows, lambda record: record.other_dice or 0.0, seed)
-        return {"n": len(rows), "dice": _figure(rows, _SCORES["dice"], seed), "other": other}
+        return {"n": len(rows), "dice": _figure(rows, SCORES["dice"], seed), "other": other}
 
     sources = sorted({record.source for record in records})
     by = {source: both([record for record in records if record.source == source]) for source in sources}
@@ -196,14 +206,14 @@ def _attributes(records: Sequence[Record], seed: int) -> dict[str, Any] | None:
     if not records:
         return None
 
-    def gain(record: Record) -> float:
-        return record.dice - (record.plain_dice or 0.0)
-
     kinds = sorted({record.attribute for record in records})
     return {
         **_pooled(records, seed),
         "whole": _figure(records, lambda record: record.whole_dice or 0.0, seed),
         "plain": _figure(records, lambda record: record.plain_dice or 0.0, seed),
-        "gain": _figure(records, gain, seed),
-        "by": {kind: _figure([record for record in records if record.attribute == kind], gain, seed) for kind in kinds},
+        "gain": _figure(records, attribute_gain, seed),
+        "by": {
+            kind: _figure([record for record in records if record.attribute == kind], attribute_gain, seed)
+            for kind in kinds
+        },
     }

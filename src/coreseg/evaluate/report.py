@@ -150,38 +150,38 @@ def print_table(evaluation: Evaluation, baselines: Sequence[Evaluation] = (), co
 
 
 def _headline_table(title: str, mean: str, columns: Sequence[Evaluation]) -> Table:
-    table = _table(title, [each.name for each in columns])
+    table = new_table(title, [each.name for each in columns])
     if columns[0].summary[mean]:
         for key, label in _HEADLINES.items():
-            table.add_row(label, *(_cell(each.summary[mean][key]) for each in columns))
+            table.add_row(label, *(cell(each.summary[mean][key]) for each in columns))
         for score, label in _GAINS.items():
             gains = [gain(columns[0], each, score) for each in columns[1:]]
             if gains:
-                table.add_row(label, "", *(_cell(each[mean] if each else None, sign=True) for each in gains))
+                table.add_row(label, "", *(cell(each[mean] if each else None, sign=True) for each in gains))
     return table
 
 
 def _block_table(title: str, rows: Mapping[str, str], block: str, columns: Sequence[Evaluation]) -> Table:
-    table = _table(title, [each.name for each in columns])
+    table = new_table(title, [each.name for each in columns])
     figures = [each.summary[block] or {} for each in columns]
     for key, label in rows.items():
         if any(each.get(key) for each in figures):
-            table.add_row(label, *(_cell(each.get(key), sign=key == "gain") for each in figures))
+            table.add_row(label, *(cell(each.get(key), sign=key == "gain") for each in figures))
     return table
 
 
 def _part_table(title: str, part: str, columns: Sequence[Evaluation]) -> Table:
     """The scores of the first column in full, and the mDice of the others."""
     others = [f"{each.name} mDice" for each in columns[1:]]
-    table = _table(title, ["n", "mDice", "mIoU", "fails", "detect", *others])
+    table = new_table(title, ["n", "mDice", "mIoU", "fails", "detect", *others])
     for name, scores in columns[0].summary["by"][part].items():
         means = [f"{scores[key]['mean']:.1f}" for key in ("iou", "failure", "detect")]
-        dices = [_cell(each.summary["by"][part].get(name, {}).get("dice")) for each in columns]
+        dices = [cell(each.summary["by"][part].get(name, {}).get("dice")) for each in columns]
         table.add_row(escape(name), str(scores["n"]), dices[0], *means, *dices[1:])
     return table
 
 
-def _table(title: str, headings: Sequence[str]) -> Table:
+def new_table(title: str, headings: Sequence[str]) -> Table:
     """A table without rows yet: a column of labels, which may take several lines, and columns of figures."""
     table = Table("", title=title, title_justify="left", title_style="bold")
     table.columns[0].overflow = "fold"
@@ -195,7 +195,7 @@ def _heading(name: str) -> str:
     return escape("\n".join(wrap(name, _FIGURE_WIDTH, break_on_hyphens=False)))
 
 
-def _cell(figure: Mapping[str, float] | None, sign: bool = False) -> str:
+def cell(figure: Mapping[str, float] | None, sign: bool = False) -> str:
     """`51.2 [47.9, 54.3]`, each number with its sign if asked; `-` without a figure."""
     if figure is None:
         return "-"

@@ -5,11 +5,11 @@ Records are written as they come, so that a run that was stopped goes on where i
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -24,6 +24,7 @@ from coreseg.masks import box_tuples, mask_to_boxes
 from coreseg.metrics import Boxes, detect_score, dice, iou
 from coreseg.types import Result, Sample
 
+Parsed = TypeVar("Parsed")
 Images = Sequence[UInt8[np.ndarray, "_ _ 3"]]
 
 
@@ -222,26 +223,57 @@ def _finished_records(file: Path, settings: Mapping[str, Any]) -> list[Record]:
 
     Its first line holds the settings. What a stopped run left half written is cut off.
     """
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    if not lines or not lines[0].endswith(b"\n"):
+    written = read_records(file)
+    if written is None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"settings": settings}) + "\n")
         return []
-    if json.loads(lines[0])["settings"] != json.loads(json.dumps(settings)):
+    if written.settings != json.loads(json.dumps(settings)):
         raise ConfigError(f"{file} holds the records of another run; choose another folder, or delete the file")
+    os.truncate(file, written.size_bytes)
+    return list(written.records)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a run has put on disk: its settings, the records of its finished rows, and where those end in the file."""
+
+    settings: Mapping[str, Any]
+    records: tuple[Record, ...]
+    size_bytes: int
+
+
+def read_records(file: Path) -> Written | None:
+    """The finished rows of a `records.jsonl`; None where there is no file, or not even a first line in it.
+
+    A row is finished with its plain question, which comes last; a line without its end is what a stopped run left.
+    Raises DataError for whole lines that are no records.
+    """
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    if not lines or not lines[0].endswith(b"\n"):
+        return None
+    settings = _parsed(lines[0], lambda fields: dict(fields["settings"]), f"{file} line 1")
     finished: list[Record] = []
     row: list[Record] = []
     size_bytes = finished_bytes = len(lines[0])
-    for line in lines[1:]:
+    for number, line in enumerate(lines[1:], start=2):
         if not line.endswith(b"\n"):
             break
         size_bytes += len(line)
-        row.append(_record_from(json.loads(line)))
-        if not row[-1].attribute:  # the plain question comes last, so the row is finished
+        row.append(_parsed(line, _record_from, f"{file} line {number}"))
+        if not row[-1].attribute:
             finished += row
             row, finished_bytes = [], size_bytes
-    os.truncate(file, finished_bytes)
-    return finished
+    return Written(settings, tuple(finished), finished_bytes)
+
+
+def _parsed(line: bytes, meaning: Callable[[Any], Parsed], where: str) -> Parsed:
+    try:
+        return meaning(json.loads(line))
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{where} is no line of this version's `coreseg evaluate --out` ({error}): evaluate anew into a new folder"
+        ) from error
 
 
 def _record_from(fields: dict[str, Any]) -> Record:
