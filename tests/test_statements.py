@@ -10,6 +10,8 @@ from coreseg.statements import (
     VALUES,
     accepted,
     accepted_all,
+    contradict,
+    find,
     find_all,
     holds,
     measure,
@@ -296,6 +298,57 @@ def test_a_thousand_phantoms_are_measured_worded_and_found_again() -> None:
             seen[kind].add(value)
     # The phantoms reach nearly every value, or the round trip would prove little.
     assert sum(map(len, seen.values())) >= sum(map(len, VALUES.values())) - 3, seen
+
+
+def test_each_wording_of_side_place_and_count_is_contradicted() -> None:
+    for kind in ("side", "place", "count"):
+        for value, (wordings, _) in _LEXICON[kind].items():
+            for wording in wordings:
+                other = contradict(f"The area, {wording}.")
+                if value == "none":
+                    assert other is None, "there is nothing to count otherwise"
+                else:
+                    assert other is not None and len(find(kind, other)) == 1 and value not in find(kind, other)
+
+
+@pytest.mark.parametrize(
+    ("text", "contradicted"),
+    [
+        ("A single round area lies on the left.", "Four round area lies on the right."),
+        ("Two areas lie  in the upper right corner.", "One areas lie in the lower left corner."),
+        ("From top to bottom, on both sides.", "In the upper part, on the left side."),
+        ("It is in the center of the image; not on the left.", "It is in the left of the image; not on the left."),
+        (
+            "Healthy tissue here is alike on both sides. It lies centrally.",
+            "Healthy tissue here is alike on both sides. It lies on the left.",
+        ),
+        ("A dark, round area.", None),
+        ("On the left and on the right.", None),
+        ("The left ventricle and nothing else.", None),
+        ("Dark İ on the LEFT side", "Dark İ on the Right side"),
+        ("", None),
+    ],
+)
+def test_contradictions_in_words(text: str, contradicted: str | None) -> None:
+    assert contradict(text) == contradicted
+
+
+def test_contradicted_descriptions_of_phantoms_are_false() -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(300):
+        shown = phantom(seed, size_wh=(64, 48))
+        mask = next(iter(shown.masks.values()))
+        values = {kind: value for kind, value in measure_all(shown.image, mask).items() if kind in _LOCAL}
+        text = f"The area: {', '.join(word(kind, value, rng) for kind, value in values.items())}."
+        assert holds(text, shown.image, mask) == 1.0
+        other, true = contradict(text), accepted_all(shown.image, mask)
+        assert other is not None and find_all(other).keys() == values.keys()
+        for kind, said in find_all(other).items():
+            # Near a threshold two values are true; the words alone cannot tell which.
+            assert not said & (true[kind] if len(true[kind]) == 1 else {values[kind]}), (text, other)
+
+
+_LOCAL = ("side", "place", "count")
 
 
 def test_what_is_measured_is_accepted_and_never_more_than_a_neighbour_with_it() -> None:

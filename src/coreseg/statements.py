@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
+from string import ascii_lowercase, ascii_uppercase
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -409,17 +410,100 @@ def find(kind: str, text: str) -> set[str]:
 
     Sentences about healthy tissue, and values right behind a negation, are left out.
     """
-    found = set()
-    for sentence in re.split(r"[.;:!?\n]+", text.lower().replace("-", " ")):
-        if _OF_HEALTH.match(sentence):
+    return {value for value, _, _ in _hits(kind, _single_spaced(text))}
+
+
+# Of one length with the text, so that a place in one is a place in the other.
+_PLAIN = str.maketrans(f"{ascii_uppercase}-", f"{ascii_lowercase} ")
+
+
+def _single_spaced(text: str) -> str:
+    return re.sub(r"[^\S\n]+", " ", text)
+
+
+def _hits(kind: str, text: str) -> list[tuple[str, int, int]]:
+    """What `find` reads in a single-spaced text: each value with its start and end."""
+    found = []
+    for sentence in re.finditer(r"[^.;:!?\n]+", text.translate(_PLAIN)):
+        unread = sentence.group()
+        if _OF_HEALTH.match(unread):
             continue
-        unread = " ".join(sentence.split())
         for value, pattern in _PATTERNS[kind].items():
             for hit in pattern.finditer(unread):
                 if not _NEGATION.search(unread[: hit.start()].rstrip()):
-                    found.add(value)
+                    found.append((value, sentence.start() + hit.start(), sentence.start() + hit.end()))
                 unread = f"{unread[: hit.start()]}{'#' * len(hit.group())}{unread[hit.end() :]}"
     return found
+
+
+# Per kind: words that go with a hit, and per value what is written in its place, by what the hit is spelled like.
+# Values whose neighbours count as true near a threshold turn into ones further away.
+_OPPOSITES: Mapping[str, tuple[str, Mapping[str, Mapping[str, str]]]] = {
+    "side": (
+        "",
+        {
+            "left": {"left": "right"},
+            "right": {"right": "left"},
+            "both": {
+                "both sides|either side": "the left side",
+                "both halves": "the left half",
+                "(?:left|right) and (?:the )?(?:left|right)": "left",
+                "bilateral(?:ly)?": "on the left",
+            },
+            "centre": {
+                "centrally": "on the left",
+                "central|cent(?:re|er)|middle": "left",
+                "midline": "left side",
+            },
+        },
+    ),
+    "place": (
+        r"\b(?:at|in|from|over|along|across)(?: the)? ",
+        {
+            "upper": {"upper": "lower", "top": "bottom"},
+            "lower": {"lower": "upper", "bottom": "top"},
+            "middle": {".*": "in the upper part"},
+            "spread": {".*": "in the upper part"},
+        },
+    ),
+    "count": (
+        r"\b(?:an? group of|an?) ",
+        {
+            "one": {".*": "four"},
+            **{value: {".*": "one"} for value in ("two", "three", "four", "several")},
+        },
+    ),
+}
+
+
+def contradict(text: str) -> str | None:
+    """The text with its statements of side, place and count contradicted; None where it makes none of them.
+
+    Every other word stays, so the grammar of number is not mended ("four small area"). A kind is left as it is where
+    the new words would not be read as other values only.
+    """
+    contradicted = _single_spaced(text)
+    for kind in _OPPOSITES:
+        other = _flipped(kind, contradicted)
+        states = find(kind, other)
+        if states and not states & find(kind, contradicted):
+            contradicted = other
+    return None if contradicted == _single_spaced(text) else contradicted
+
+
+def _flipped(kind: str, text: str) -> str:
+    leads, opposites = _OPPOSITES[kind]
+    # From the back, so that the places before stay true.
+    for value, start, end in sorted(_hits(kind, text), key=lambda hit: -hit[1]):
+        for spelled, instead in opposites.get(value, {}).items():
+            if hit := re.search(spelled, text[start:end].translate(_PLAIN)):
+                # Only a whole hit takes the words before it along.
+                lead = re.search(f"(?:{leads})?$", text[:start].translate(_PLAIN)) if spelled == ".*" else None
+                first, last = lead.start() if lead else start + hit.start(), start + hit.end()
+                instead = instead.capitalize() if text[first].isupper() else instead
+                text = f"{text[:first]}{instead}{text[last:]}"
+                break
+    return text
 
 
 def find_all(text: str) -> dict[str, set[str]]:
