@@ -44,7 +44,7 @@ class FakeProcessor(CoreSegProcessor):
     def grammar(self) -> Any:
         return SimpleNamespace(max_tokens=lambda frame_wh: sum(frame_wh))
 
-    def constraint(self, frames_wh: Sequence[tuple[int, int]]) -> Any:
+    def constraint(self, frames_wh: Sequence[tuple[int, int]], openings: Any = ()) -> Any:
         return ("the grammar of", list(frames_wh))
 
     def __call__(self, images: Any, questions: Any, answers: Any = None) -> Batch:

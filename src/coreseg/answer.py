@@ -29,8 +29,9 @@ INSTRUCTION: Final = "Describe the picture first, then give the boxes and the ma
 
 MAX_QUESTION_CHARACTERS: Final = 2_000
 
+_MARKER = r"</?think>|</?answer>|<seg>"
 _FORM = re.compile(
-    r"<think> (?P<reasoning>(?:(?!</?think>|</?answer>|<seg>).)*?) ?</think><answer> "
+    rf"<think> (?P<reasoning>(?:(?!{_MARKER}).)*?) ?</think><answer> "
     r"(?:The (?P<category>[^<>\[\]]+?) (?:is|are) located at (?P<boxes>\[\[[0-9, \[\]]+\]\])\. The mask is <seg>\."
     r"|No (?P<absent>[^<>\[\]]+?) is visible\.) </answer>",
     re.DOTALL,
@@ -48,6 +49,12 @@ def check_question(question: str) -> None:
         )
 
 
+def check_reasoning(reasoning: str) -> None:
+    """Raises InputError for a reasoning that spells a marker: no answer that holds it could be read."""
+    if marker := re.search(_MARKER, reasoning):
+        raise InputError(f"the reasoning holds {marker.group()!r}, which marks the answer's parts; leave it out")
+
+
 @dataclass(frozen=True)
 class Piece:
     """A stretch of text tokenised by itself; `free` text comes from outside and holds no marker tokens."""
@@ -56,14 +63,19 @@ class Piece:
     free: bool = False
 
 
+def opening(reasoning: str) -> list[Piece]:
+    """The think block and the start of the answer block, in the pieces they are tokenised in."""
+    words = [Piece(f" {reasoning}", free=True)] if reasoning else []
+    return [Piece("<think>"), *words, Piece(" </think><answer>")]
+
+
 def pieces(answer: Answer) -> list[Piece]:
     """The answer's text in the pieces it is tokenised in; joined, they are the text of `render`."""
-    reasoning = [Piece(f" {answer.reasoning}", free=True)] if answer.reasoning else []
-    opening = [Piece("<think>"), *reasoning, Piece(" </think><answer>")]
+    opened = opening(answer.reasoning)
     category = Piece(f" {answer.category}", free=True)
     if not answer.found:
-        return [*opening, Piece(" No"), category, Piece(" is visible. </answer>")]
-    parts = [*opening, Piece(" The"), category, Piece(f" {'is' if len(answer.boxes) == 1 else 'are'} located at [[")]
+        return [*opened, Piece(" No"), category, Piece(" is visible. </answer>")]
+    parts = [*opened, Piece(" The"), category, Piece(f" {'is' if len(answer.boxes) == 1 else 'are'} located at [[")]
     for number, box in enumerate(answer.boxes):
         parts += [Piece("], [")] if number else []
         for corner, value in enumerate(box):
@@ -132,6 +144,12 @@ Walk = Generator[Allowed, int, None]
 Meaning = TypeVar("Meaning")
 
 
+def forced(ids: Sequence[int]) -> Walk:
+    """A walk that leaves no choice, and ends with the last id."""
+    for token in ids:
+        yield np.array([token])
+
+
 class AnswerGrammar:
     """Which token may come next, so that every finished text parses.
 
@@ -171,10 +189,17 @@ class AnswerGrammar:
         closing = sum(len(self._ids(t)) for t in ("]]. The mask is ", SEG_TOKEN, ". </answer>"))
         return self._reasoning_budget + self._category_budget + fixed + closing + MAX_BOXES * per_box + 8
 
-    def walk(self, frame_wh: tuple[int, int]) -> Walk:
-        """One answer, token by token: yields the ids allowed next and is sent the id that was chosen."""
-        yield from self._forced("<think>")
-        yield from self._free(self._prose_start, self._prose, self._reasoning_budget, (" </think><answer>",), least=0)
+    def walk(self, frame_wh: tuple[int, int], opened: Sequence[int] = ()) -> Walk:
+        """One answer, token by token: yields the ids allowed next and is sent the id that was chosen.
+
+        Where `opened`, the ids of an `opening`, is given, the answer starts with it, whatever its length.
+        """
+        if opened:
+            yield from forced(opened)
+        else:
+            yield from self._forced("<think>")
+            ends = (" </think><answer>",)
+            yield from self._free(self._prose_start, self._prose, self._reasoning_budget, ends, least=0)
         if (yield from self._choice({" The": "there", " No": "absent"})) == "absent":
             yield from self._free(self._words_start, self._words, self._category_budget, (" is visible. </answer>",))
         else:
@@ -212,8 +237,7 @@ class AnswerGrammar:
         return (yield from self._pick({self._ids(text): meaning for text, meaning in texts.items()}))
 
     def _forced(self, text: str) -> Walk:
-        for token in self._ids(text):
-            yield np.array([token])
+        yield from forced(self._ids(text))
 
     def _pick(self, options: Mapping[tuple[int, ...], Meaning]) -> Generator[Allowed, int, Meaning]:
         """One of several id sequences, none a prefix of another, chosen token by token; gives its meaning."""
@@ -238,8 +262,7 @@ class AnswerGrammar:
             token = yield inside if written < budget else first
             written += 1
         ending = endings[int(np.flatnonzero(first == token)[0])]
-        for forced in ending[1:]:
-            yield np.array([forced])
+        yield from forced(ending[1:])
 
     def _ids(self, text: str) -> tuple[int, ...]:
         if text not in self._cached:

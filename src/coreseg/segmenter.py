@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from coreseg.answer import answer_sentence, check_question
+from coreseg.answer import answer_sentence, check_question, check_reasoning, forced
 from coreseg.errors import InputError
 from coreseg.imaging import read_image
 from coreseg.model.assemble import DTYPES, EMBEDDED, load_parts
 from coreseg.model.core_seg import CoreSeg
-from coreseg.model.processor import CoreSegProcessor
+from coreseg.model.processor import AnswerConstraint, CoreSegProcessor
 from coreseg.types import Result
 
 Source = str | Path | np.ndarray | Image.Image
@@ -63,34 +63,52 @@ class Segmenter:
         return self.segment_batch([image], [question], constrained=constrained)[0]
 
     def segment_batch(
-        self, images: Sequence[Source], questions: Sequence[str], *, constrained: bool = True
+        self,
+        images: Sequence[Source],
+        questions: Sequence[str],
+        *,
+        constrained: bool = True,
+        reasoning: Sequence[str] | None = None,
     ) -> list[Result]:
         """One question for each picture, answered together.
 
         The results are those of one at a time, but for pixels on a mask's very edge: sums in a batch are rounded in
-        another order. Raises InputError as `segment`, and where there are not as many questions as pictures.
+        another order. `reasoning`, one text for each picture, is put into the model's mouth: its think block is that
+        text, empty or not, and the answer follows from there. Raises InputError as `segment`, where there are not as
+        many questions and texts as pictures, and for a text that spells a marker of the answer.
         """
         started = time.perf_counter()
         if len(images) != len(questions):
             raise InputError(
                 f"got {len(images)} pictures and {len(questions)} questions; expected one question for each picture"
             )
+        if reasoning is not None and len(reasoning) != len(images):
+            raise InputError(
+                f"got {len(images)} pictures and {len(reasoning)} reasonings; expected one reasoning for each picture"
+            )
         if not len(images):
             return []
         for question in questions:
             check_question(question)
+        for text in reasoning or ():
+            check_reasoning(text)
         pictures = [read_image(image) for image in images]
         batch = self.processor(pictures, questions).to(self.model.device, self.model.dtype)
         grammar = self.processor.grammar
+        openings = [self.processor.opening(text.strip()) for text in reasoning or ()]
+        constraint = AnswerConstraint([forced(ids) for ids in openings]) if openings else None
+        if constrained:
+            constraint = self.processor.constraint(batch.frames_wh, openings)
         generated = self.model.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             reasoner_inputs=batch.reasoner_inputs,
             segmenter_pixels=batch.segmenter_pixels,
-            max_new_tokens=max(grammar.max_tokens(frame) for frame in batch.frames_wh),
+            # An opening is not held to the grammar's budget.
+            max_new_tokens=max(map(grammar.max_tokens, batch.frames_wh)) + max(map(len, openings), default=0),
             eos_token_id=self.processor.tokenizer.eos_token_id,
             pad_token_id=self.processor.tokenizer.pad_token_id,
-            constraint=self.processor.constraint(batch.frames_wh) if constrained else None,
+            constraint=constraint,
             read_boxes=partial(self.processor.read_boxes, frames_wh=batch.frames_wh),
         )
         seconds = (time.perf_counter() - started) / len(pictures)

@@ -1,6 +1,7 @@
 """The joined model: one path to the mask, the same in training, inference and evaluation."""
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -34,7 +35,13 @@ ANSWERS = [
 ]
 
 
-def generate(segmenter: Segmenter, batch: Batch, constrained: bool = True, temperature: float = 0.0) -> Generation:
+def generate(
+    segmenter: Segmenter,
+    batch: Batch,
+    constrained: bool = True,
+    temperature: float = 0.0,
+    openings: Sequence[Sequence[int]] = (),
+) -> Generation:
     return segmenter.model.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -43,7 +50,7 @@ def generate(segmenter: Segmenter, batch: Batch, constrained: bool = True, tempe
         max_new_tokens=max(segmenter.processor.grammar.max_tokens(frame) for frame in batch.frames_wh),
         eos_token_id=segmenter.processor.tokenizer.eos_token_id,
         pad_token_id=segmenter.processor.tokenizer.pad_token_id,
-        constraint=segmenter.processor.constraint(batch.frames_wh) if constrained else None,
+        constraint=segmenter.processor.constraint(batch.frames_wh, openings) if constrained else None,
         temperature=temperature,
         read_boxes=partial(segmenter.processor.read_boxes, frames_wh=batch.frames_wh),
     )
@@ -89,11 +96,11 @@ def with_completion(segmenter: Segmenter, batch: Batch, completions: list[list[i
     )
 
 
-def found_generation(segmenter: Segmenter, batch: Batch) -> Generation:
+def found_generation(segmenter: Segmenter, batch: Batch, openings: Sequence[Sequence[int]] = ()) -> Generation:
     """A sampled batch in which at least two rows have a mask."""
     for seed in range(20):
         torch.manual_seed(seed)
-        generation = generate(segmenter, batch, temperature=1.0)
+        generation = generate(segmenter, batch, temperature=1.0, openings=openings)
         if sum(logits is not None for logits in generation.mask_logits) >= 2:
             return generation
     raise AssertionError("no sample had two masks")
@@ -145,6 +152,83 @@ def test_constrained_answers_are_valid_and_masks_fit_their_pictures(
         assert result.found == bool(len(result.boxes))
         for x1, y1, x2, y2 in result.boxes:
             assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
+
+
+REASONINGS = ["Two of them lie on the left, both dark.", "", "It is round < and \U0001f9e0 bright."]
+
+
+def test_its_own_reasoning_gives_the_same_answer_again(
+    segmenter: Segmenter, pictures: list[np.ndarray], questions: list[str]
+) -> None:
+    own = segmenter.segment_batch(pictures, questions)
+    again = segmenter.segment_batch(pictures, questions, reasoning=[result.reasoning for result in own])
+    for first, second in zip(own, again, strict=True):
+        assert first.reasoning and second.text == first.text
+        assert np.array_equal(first.mask, second.mask) and np.array_equal(first.boxes, second.boxes)
+
+
+@pytest.mark.parametrize("probe", ["seg", "answer"])
+def test_a_given_reasoning_stands_where_training_has_it(
+    segmenter: Segmenter, pictures: list[np.ndarray], questions: list[str], probe: str
+) -> None:
+    """What follows a given reasoning, mask included, is what a teacher-forced pass over the whole answer gives."""
+    openings = [segmenter.processor.opening(text) for text in REASONINGS]
+    segmenter.model.config.probe = probe
+    try:
+        batch = segmenter.processor(pictures, questions)
+        generation = found_generation(segmenter, batch, openings)
+        output = forward(segmenter.model, with_completion(segmenter, batch, generation.ids))
+    finally:
+        segmenter.model.config.probe = "seg"
+    for ids, opening, reasoning in zip(generation.ids, openings, REASONINGS, strict=True):
+        answer = parse(segmenter.processor.decode(ids))
+        assert answer is not None and answer.reasoning == reasoning
+        assert ids[: len(opening)] == opening == segmenter.processor.encode_answer(answer)[: len(opening)]
+    kept = [logits for logits in generation.mask_logits if logits is not None]
+    torch.testing.assert_close(torch.stack(kept), output.mask_logits, atol=1e-4, rtol=1e-4)
+
+
+def test_without_the_grammar_a_given_reasoning_is_gone_on_from(
+    segmenter: Segmenter, pictures: list[np.ndarray], questions: list[str]
+) -> None:
+    """The same words as when the reasoning stands in the prompt."""
+    batch = segmenter.processor(pictures, questions)
+    openings = [segmenter.processor.opening(text) for text in REASONINGS]
+    in_prompt = generate(segmenter, with_completion(segmenter, batch, openings), constrained=False)
+    for result, opening, ids in zip(
+        segmenter.segment_batch(pictures, questions, constrained=False, reasoning=REASONINGS),
+        openings,
+        in_prompt.ids,
+        strict=True,
+    ):
+        whole = segmenter.processor.decode(opening + ids)
+        assert len(ids) > 5 and result.text[: len(whole)] == whole[: len(result.text)]
+        assert not result.valid, "it has learnt nothing"
+
+
+def test_the_mask_hears_the_reasoning(nano: Segmenter, pictures: list[np.ndarray]) -> None:
+    masks = [
+        nano.segment_batch(pictures[:1], ["Where is the cyst?"], reasoning=[reasoning])[0]
+        for reasoning in ("Left.", "Two round spots on the right side, brighter than their surroundings.")
+    ]
+    assert all(result.found for result in masks)
+    assert not np.array_equal(masks[0].mask, masks[1].mask)
+
+
+def test_a_reasoning_longer_than_the_budget_leaves_room_for_the_answer(
+    nano: Segmenter, pictures: list[np.ndarray]
+) -> None:
+    long = " ".join(["and so on"] * 100)
+    (result,) = nano.segment_batch(pictures[:1], ["Where is the cyst?"], reasoning=[f" {long} "])
+    assert result.valid and result.reasoning == long
+
+
+def test_reasonings_that_cannot_be_given_are_refused(nano: Segmenter, pictures: list[np.ndarray]) -> None:
+    with pytest.raises(InputError, match="1 pictures and 2 reasonings"):
+        nano.segment_batch(pictures[:1], ["Where?"], reasoning=["One.", "Two."])
+    for marker in ("<seg>", "</think>", "<answer>"):
+        with pytest.raises(InputError, match=marker):
+            nano.segment_batch(pictures[:1], ["Where?"], reasoning=[f"Here {marker} it is."])
 
 
 def test_an_invalid_answer_has_an_empty_mask(segmenter: Segmenter, pictures: list[np.ndarray]) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.nn import functional
 from transformers import AutoProcessor, LogitsProcessor
 
-from coreseg.answer import INSTRUCTION, SEG_TOKEN, AnswerGrammar, Piece, encode, parse, pieces
+from coreseg.answer import INSTRUCTION, SEG_TOKEN, AnswerGrammar, Piece, Walk, encode, opening, parse, pieces
 from coreseg.errors import ModelError
 from coreseg.masks import box_tuples, map_boxes
 from coreseg.model.core_seg import CoreSegConfig
@@ -212,9 +212,16 @@ class CoreSegProcessor:
         mask: Bool[np.ndarray, "height width"] = (resized[0, 0] > 0).cpu().numpy()
         return mask
 
-    def constraint(self, frames_wh: Sequence[tuple[int, int]]) -> "AnswerConstraint":
-        """The grammar as a logits processor for one batch."""
-        return AnswerConstraint(self.grammar, frames_wh)
+    def opening(self, reasoning: str) -> list[int]:
+        """Token ids of an answer up to its think block's end, as `encode_answer` has them."""
+        return encode(self.tokenizer, opening(reasoning))
+
+    def constraint(
+        self, frames_wh: Sequence[tuple[int, int]], openings: Sequence[Sequence[int]] = ()
+    ) -> "AnswerConstraint":
+        """The grammar as a logits processor for one batch; each row starts with its opening, where there are any."""
+        opened = openings or [()] * len(frames_wh)
+        return AnswerConstraint([self.grammar.walk(*each) for each in zip(frames_wh, opened, strict=True)])
 
     def _prompt(self, image: Picture, question: str) -> "_Prompt":
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION_MARK}]}
@@ -249,19 +256,23 @@ class _Prompt:
 
 
 class AnswerConstraint(LogitsProcessor):
-    """Keeps every row of a batch inside the answer grammar; one object serves one call of `generate`."""
+    """Keeps every row of a batch on its walk, and leaves it free once that has ended; serves one call of `generate`."""
 
-    def __init__(self, grammar: AnswerGrammar, frames_wh: Sequence[tuple[int, int]]) -> None:
-        self._walks = [grammar.walk(frame) for frame in frames_wh]
+    def __init__(self, walks: Sequence[Walk]) -> None:
+        self._walks = walks
         self._started = False
 
     def __call__(
         self, input_ids: Int[torch.Tensor, "batch tokens"], scores: Float[torch.Tensor, "batch vocabulary"]
     ) -> Float[torch.Tensor, "batch vocabulary"]:
-        """Everything the grammar does not allow next gets minus infinity."""
+        """Everything that a walk does not allow next gets minus infinity."""
         kept = torch.full_like(scores, -torch.inf)
         for row, walk in enumerate(self._walks):
-            allowed = walk.send(int(input_ids[row, -1])) if self._started else next(walk)
+            try:
+                allowed = walk.send(int(input_ids[row, -1])) if self._started else next(walk)
+            except StopIteration:
+                kept[row] = scores[row]
+                continue
             index = torch.from_numpy(allowed).to(scores.device)
             kept[row, index] = scores[row, index]
         self._started = True
