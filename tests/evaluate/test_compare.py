@@ -228,6 +228,13 @@ def test_lines_that_are_no_records_are_refused(run: Callable[..., Path], line: s
             read_side("A", [folder])
 
 
+def test_settings_of_another_version_are_refused(run: Callable[..., Path]) -> None:
+    file = run("a") / "records.jsonl"
+    file.write_text(file.read_text().replace('"split"', '"part"', 1))
+    with pytest.raises(DataError, match="lack the settings split"):
+        read_side("A", [file.parent])
+
+
 def test_one_side_is_one_training_with_other_seeds(
     run: Callable[..., Path], lesion_set: LesionSet, oracle: Any
 ) -> None:

@@ -101,6 +101,8 @@ def _read_run(folder: Path) -> Run:
     written = read_records(folder / "records.jsonl")
     if written is None or not written.records:
         raise DataError(f"{folder}: no records in it; expected a folder that `coreseg evaluate SET --out FOLDER` wrote")
+    if missing := {"model_settings", *_ASKED} - written.settings.keys():
+        raise DataError(f"{folder}: its records lack the settings {', '.join(sorted(missing))}; evaluate anew")
     return Run(folder, written.settings, written.records)
 
 
@@ -123,9 +125,9 @@ def _key(record: Record) -> tuple[str, ...]:
 
 def _require_same_questions(first: Run, other: Run) -> None:
     differences = [
-        f"{words}: {first.settings.get(name)} and {other.settings.get(name)}"
+        f"{words}: {first.settings[name]} and {other.settings[name]}"
         for name, words in _ASKED.items()
-        if first.settings.get(name) != other.settings.get(name)
+        if first.settings[name] != other.settings[name]
     ]
     if differences:
         raise ConfigError(
