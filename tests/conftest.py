@@ -62,7 +62,9 @@ def bright_segmenter(monkeypatch: pytest.MonkeyPatch) -> Any:
                 mask, boxes, answer.reasoning, answer_sentence(answer), render(answer), answer.found, True, 0.5, picture
             )
 
-        def segment_batch(self, images: Any, questions: Any, *, constrained: bool = True) -> list[Result]:
+        def segment_batch(
+            self, images: Any, questions: Any, *, constrained: bool = True, reasoning: Any = None
+        ) -> list[Result]:
             return [self.segment(*each, constrained=constrained) for each in zip(images, questions, strict=True)]
 
     def load(*arguments: Any) -> BrightSegmenter:

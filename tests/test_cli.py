@@ -238,6 +238,21 @@ def test_evaluate_prints_tables_and_resumes(bright_segmenter: Any, phantoms: Pat
     assert "another run" in complaint(run("evaluate", phantoms, "--out", "figures", "--split", "train"))
 
 
+def test_evaluate_with_the_reasoning_swapped(bright_segmenter: Any, phantoms: Path, monkeypatch: Any) -> None:
+    from coreseg.evaluate.predictors import ModelPredictor
+
+    predictor = ModelPredictor(bright_segmenter(), "bright", True, {})
+    monkeypatch.setattr(ModelPredictor, "load", staticmethod(lambda *words, constrained: predictor))
+    done = run("evaluate", phantoms, "--out", "figures", "--swap-reasoning")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert "Is the reasoning used?" in done.stdout and "another image's" in done.stdout
+    assert Path("figures/swap/records.jsonl").exists()
+    own = json.loads(Path("figures/summary.json").read_text())["reasoning_swapped"]["own"]
+    assert own["same_mask"]["mean"] == 100.0
+    assert json.loads(run("evaluate", phantoms, "--swap-reasoning", "--json").stdout)["reasoning_swapped"]["own"] == own
+    assert "--swap-reasoning" in complaint(run("evaluate", phantoms, "--model", "blind", "--swap-reasoning"))
+
+
 def test_the_blind_guess_alone_as_json(phantoms: Path) -> None:
     done = run("evaluate", phantoms, "--model", "blind", "--json", "--limit", "2")
     assert (done.exit_code, done.stderr) == (0, "")

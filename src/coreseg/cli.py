@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -217,6 +217,9 @@ def evaluate(
     question_blind: Annotated[
         bool, typer.Option(help='Add the segmenter\'s "any lesion" prompt as a baseline.')
     ] = False,
+    swap_reasoning: Annotated[
+        bool, typer.Option("--swap-reasoning", help="Replace the reasoning, and see whether boxes and mask move.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="Only this many rows, evenly spaced.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON instead of tables.")] = False,
@@ -245,9 +248,11 @@ def evaluate(
     }
     console = None if as_json else _console()
     others: list[Evaluation] = []
+    swapped: Mapping[str, Any] | None = None
     if model == "blind":
-        if free or question_blind or device or dtype:
-            raise InputError("--free, --question-blind, --device and --dtype are for models; the blind guess has none")
+        if free or question_blind or swap_reasoning or device or dtype:
+            options_of_models = "--free, --question-blind, --swap-reasoning, --device and --dtype"
+            raise InputError(f"{options_of_models} are for models; the blind guess has none")
         done = run(lesions, BlindBaseline.fit(lesions), **options)
         if console:
             print_table(done, [], console)
@@ -260,8 +265,18 @@ def evaluate(
         predictor = ModelPredictor.load(model, device, dtype, constrained=not free)
         beside = [QuestionBlind.of(predictor)] if question_blind else []
         done, others = evaluate_and_report(lesions, predictor, console=console, baselines=beside, **options)
+        if swap_reasoning:
+            from coreseg.evaluate.swap import print_swaps
+            from coreseg.evaluate.swap import swap_reasoning as swap
+
+            more = {"batch_size": batch_size, "out": out and out / "swap", "progress": options["progress"]}
+            swapped = swap(lesions, predictor, done, **more).summary
+            if console:
+                print_swaps(swapped, console)
+            if out:
+                write_summary(out / "summary.json", done, others, swapped)
     if as_json:
-        typer.echo(json.dumps(summary(done, others), indent=1))
+        typer.echo(json.dumps(summary(done, others, swapped), indent=1))
 
 
 @app.command()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -69,6 +69,7 @@ class Record:
 Figure = dict[str, float]
 """`mean` with its 95 % interval, `low` and `high`, by case; in % of the scores' unit."""
 
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 Score = Callable[[Record], float]
 
 SCORES: dict[str, Score] = {
@@ -133,7 +134,8 @@ def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, Any]:
 _PARTS = ("source", "modality", "anatomy", "category")
 
 
-def _figure(records: Sequence[Record], score: Score, seed: int) -> Figure:
+def figure(records: Sequence[AnyRecord], score: Callable[[AnyRecord], float], seed: int) -> Figure:
+    """The mean of a score over records, with its interval."""
     values = [float(score(record)) for record in records]
     return _percent(float(np.mean(values)), bootstrap_interval(values, [record.drawn_with for record in records], seed))
 
@@ -143,7 +145,7 @@ def _percent(mean: float, interval: Interval) -> Figure:
 
 
 def _pooled(records: Sequence[Record], seed: int) -> dict[str, Any]:
-    return {"n": len(records), **{name: _figure(records, score, seed) for name, score in SCORES.items()}}
+    return {"n": len(records), **{name: figure(records, score, seed) for name, score in SCORES.items()}}
 
 
 def _macro(records: Sequence[Record], seed: int) -> dict[str, Any]:
@@ -177,11 +179,11 @@ def _size_quartile(records: Sequence[Record]) -> Callable[[Record], str]:
 def _presence(lesion: Sequence[Record], lesion_free: Sequence[Record], seed: int) -> dict[str, Any]:
     sources = sorted({record.source for record in lesion_free})
     return {
-        "sensitivity": _figure(lesion, lambda record: record.found and not is_empty(record), seed) if lesion else None,
-        "specificity": _figure(lesion_free, is_empty, seed) if lesion_free else None,
-        "invalid_lesion_free": _figure(lesion_free, SCORES["invalid"], seed) if lesion_free else None,
+        "sensitivity": figure(lesion, lambda record: record.found and not is_empty(record), seed) if lesion else None,
+        "specificity": figure(lesion_free, is_empty, seed) if lesion_free else None,
+        "invalid_lesion_free": figure(lesion_free, SCORES["invalid"], seed) if lesion_free else None,
         "specificity_by_source": {
-            source: _figure([record for record in lesion_free if record.source == source], is_empty, seed)
+            source: figure([record for record in lesion_free if record.source == source], is_empty, seed)
             for source in sources
         },
     }
@@ -189,8 +191,8 @@ def _presence(lesion: Sequence[Record], lesion_free: Sequence[Record], seed: int
 
 def _pairs(records: Sequence[Record], seed: int) -> dict[str, Any] | None:
     def both(rows: Sequence[Record]) -> dict[str, Any]:
-        other = _figure(rows, lambda record: record.other_dice or 0.0, seed)
-        return {"n": len(rows), "dice": _figure(rows, SCORES["dice"], seed), "other": other}
+        other = figure(rows, lambda record: record.other_dice or 0.0, seed)
+        return {"n": len(rows), "dice": figure(rows, SCORES["dice"], seed), "other": other}
 
     sources = sorted({record.source for record in records})
     by = {source: both([record for record in records if record.source == source]) for source in sources}
@@ -209,11 +211,11 @@ def _attributes(records: Sequence[Record], seed: int) -> dict[str, Any] | None:
     kinds = sorted({record.attribute for record in records})
     return {
         **_pooled(records, seed),
-        "whole": _figure(records, lambda record: record.whole_dice or 0.0, seed),
-        "plain": _figure(records, lambda record: record.plain_dice or 0.0, seed),
-        "gain": _figure(records, attribute_gain, seed),
+        "whole": figure(records, lambda record: record.whole_dice or 0.0, seed),
+        "plain": figure(records, lambda record: record.plain_dice or 0.0, seed),
+        "gain": figure(records, attribute_gain, seed),
         "by": {
-            kind: _figure([record for record in records if record.attribute == kind], attribute_gain, seed)
+            kind: figure([record for record in records if record.attribute == kind], attribute_gain, seed)
             for kind in kinds
         },
     }

@@ -80,17 +80,30 @@ def evaluate_and_report(
     return evaluation, beside
 
 
-def write_summary(path: Path, evaluation: Evaluation, baselines: Sequence[Evaluation] = ()) -> None:
-    """Write settings and figures (see `coreseg.evaluate.summarise`) of an evaluation and its baselines as JSON."""
+def write_summary(
+    path: Path,
+    evaluation: Evaluation,
+    baselines: Sequence[Evaluation] = (),
+    reasoning_swapped: Mapping[str, Any] | None = None,
+) -> None:
+    """Write settings and figures (see `coreseg.evaluate.summarise`) of an evaluation and its baselines as JSON.
+
+    `reasoning_swapped` are those of `coreseg.evaluate.swap.summarise_swaps`, where the reasoning was replaced.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(summary(evaluation, baselines), indent=2) + "\n")
+    path.write_text(json.dumps(summary(evaluation, baselines, reasoning_swapped), indent=2) + "\n")
 
 
-def summary(evaluation: Evaluation, baselines: Sequence[Evaluation] = ()) -> dict[str, Any]:
+def summary(
+    evaluation: Evaluation,
+    baselines: Sequence[Evaluation] = (),
+    reasoning_swapped: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """What `write_summary` writes."""
     return {
         "settings": evaluation.settings,
         **evaluation.summary,
+        **({"reasoning_swapped": reasoning_swapped} if reasoning_swapped else {}),
         "baselines": {
             each.name: {
                 "settings": each.settings,

@@ -61,7 +61,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Ask:
+class Ask:
     """One question about one row, and the mask that answers it."""
 
     sample: Sample
@@ -118,7 +118,7 @@ def evaluate(
     with tqdm(total=len(rows), initial=done, desc=predictor.name, unit="image", disable=not progress) as bar:
         for start in range(done, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            asks: list[_Ask] = []
+            asks: list[Ask] = []
             for row, sample in batch:
                 rng = np.random.default_rng([seed, row])
                 same = by_image[sample.file_name]
@@ -145,22 +145,22 @@ def _asks(
     rng: np.random.Generator,
     held_out: bool,
     with_attributes: bool,
-) -> list[_Ask]:
+) -> list[Ask]:
     """The questions about one row, the plain one last: a row whose plain record is on disk is finished."""
     image, mask = lesion_set.image(sample), lesion_set.mask(sample)
     question = questions.ask(sample.category, rng, held_out=True) if held_out else sample.query
     others = [lesion_set.mask(row) for row in same_image if row.category != sample.category and row.boxes]
-    plain = _Ask(sample, image, question, mask, sample.boxes, other=np.any(others, axis=0) if others else None)
+    plain = Ask(sample, image, question, mask, sample.boxes, other=np.any(others, axis=0) if others else None)
     if not with_attributes or len(sample.boxes) < 2:
         return [plain]
     attributes = questions.attribute_questions(image, mask, sample.category, rng, held_out=held_out)
     return [
-        *(_Ask(sample, image, each.text, each.mask, mask_to_boxes(each.mask), each.kind) for each in attributes),
+        *(Ask(sample, image, each.text, each.mask, mask_to_boxes(each.mask), each.kind) for each in attributes),
         plain,
     ]
 
 
-def _answered(predictor: Predictor, asks: Sequence[_Ask], batch_size: int) -> list[Record]:
+def _answered(predictor: Predictor, asks: Sequence[Ask], batch_size: int) -> list[Record]:
     """The records of the questions, in order; all questions about a row are among them."""
     results: list[Result] = []
     for start in range(0, len(asks), batch_size):
@@ -169,25 +169,26 @@ def _answered(predictor: Predictor, asks: Sequence[_Ask], batch_size: int) -> li
             [ask.sample for ask in batch], [ask.image for ask in batch], [ask.question for ask in batch]
         )
     plain = {
-        ask.sample: (ask.reference, _mask_of(result))
+        ask.sample: (ask.reference, mask_of(result))
         for ask, result in zip(asks, results, strict=True)
         if not ask.attribute
     }
-    return [_scored(ask, result, *plain[ask.sample]) for ask, result in zip(asks, results, strict=True)]
+    return [scored(ask, result, *plain[ask.sample]) for ask, result in zip(asks, results, strict=True)]
 
 
-def _mask_of(result: Result) -> Bool[np.ndarray, "height width"]:
+def mask_of(result: Result) -> Bool[np.ndarray, "height width"]:
     """The mask that is scored. Source: an invalid answer counts as an empty mask."""
     return result.mask if result.valid else np.zeros_like(result.mask)
 
 
-def _scored(
-    ask: _Ask,
+def scored(
+    ask: Ask,
     result: Result,
     whole: Bool[np.ndarray, "height width"],
     plain_mask: Bool[np.ndarray, "height width"],
 ) -> Record:
-    sample, mask = ask.sample, _mask_of(result)
+    """The record of one result. `whole` and `plain_mask` are the row's plain question's: reference and answer."""
+    sample, mask = ask.sample, mask_of(result)
     boxes = box_tuples(result.boxes) if result.valid else ()
     answer = parse(result.text) if result.valid else None
     return Record(
