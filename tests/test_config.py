@@ -24,9 +24,27 @@ def file(tmp_path: Path) -> Path:
 
 def test_the_settings_that_the_documentation_shows(tmp_path: Path) -> None:
     text = (Path(__file__).parent.parent / "docs" / "train.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
-    (tmp_path / "my-run.toml").write_text(shown, encoding="utf-8")
+    first, second = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "my-run.toml").write_text(first, encoding="utf-8")
     assert load(SftConfig, tmp_path / "my-run.toml").model == "nano"
+    (tmp_path / "my-grpo.toml").write_text(second, encoding="utf-8")
+    assert load(GrpoConfig, tmp_path / "my-grpo.toml").model == load(SftConfig, tmp_path / "my-run.toml").out
+
+
+def test_a_table_of_settings(tmp_path: Path) -> None:
+    path = tmp_path / "grpo.toml"
+    path.write_text('model = "m"\ndata = "d"\nout = "o"\n[reward]\nplain_dice = true\nbeta = 3\n')
+    config = load(GrpoConfig, path)
+    assert config.reward == RewardSettings(plain_dice=True, beta=3.0)
+    assert load(GrpoConfig, path, ["reward={alpha = 0.5}"]).reward == RewardSettings(alpha=0.5)
+    save(config, tmp_path / "again.toml")
+    assert load(GrpoConfig, tmp_path / "again.toml") == config
+    with pytest.raises(ConfigError, match="'reward': unknown setting 'plaindice'; did you mean 'plain_dice'"):
+        load(GrpoConfig, path, ["reward={plaindice = true}"])
+    with pytest.raises(ConfigError, match=r"reward.detect_weight is -1.0; expected 0 or more"):
+        load(GrpoConfig, path, ["reward={detect_weight = -1}"])
+    with pytest.raises(ConfigError, match="'reward' is 3; expected a table"):
+        load(GrpoConfig, path, ["reward=3"])
 
 
 def test_the_file_then_the_overrides(file: Path) -> None:

@@ -1,13 +1,15 @@
-"""One plain gradient step of either stage, by as many processes as the launcher says; the first saves the weights.
+"""One plain gradient step of either stage; as a script, by one of several processes, of which the first saves.
 
 python tests/train/one_step.py MODEL DATA OUT ROWS_A_PROCESS
 
 Each stage twice from the same start: with every mask, and with nothing that has a `<seg>` in the first two draws.
 """
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,14 +60,26 @@ def grpo(model: str, data: str, out: str, rows: int) -> StageTrainer:
     )  # fmt: skip
 
 
-if __name__ == "__main__":
-    torch.optim.AdamW = lambda groups, betas, weight_decay: torch.optim.SGD(groups)  # type: ignore[misc, assignment]
-    out = Path(sys.argv[3])
+def step_all(model: str, data: str, out: str, rows: int) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights after a step of each stage, by stage and how many draws had no mask."""
+    weights = {}
     for stage in (sft, grpo):
         for without_mask in (0, 2):
             PartlyMuted.muted = PartlySilent.silent = without_mask
-            trainer = stage(*sys.argv[1:4], rows=int(sys.argv[4]))
+            trainer = stage(model, data, out, rows)
             trainer.train()
-            if trainer.is_world_process_zero():
-                weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
-                torch.save(weights, out / f"{stage.__name__}-{without_mask}.pt")
+            weights[f"{stage.__name__}-{without_mask}"] = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    PartlyMuted.muted = PartlySilent.silent = 0
+    return weights
+
+
+def plain_descent(groups: Any, betas: Any, weight_decay: Any) -> torch.optim.Optimizer:
+    """Adam's first step has the size of the learning rate whatever the gradient's; this shows the gradient."""
+    return torch.optim.SGD(groups)
+
+
+if __name__ == "__main__":
+    torch.optim.AdamW = plain_descent  # type: ignore[misc, assignment]
+    weights = step_all(*sys.argv[1:4], rows=int(sys.argv[4]))
+    if int(os.environ["RANK"]) == 0:
+        torch.save(weights, Path(sys.argv[3]) / "weights.pt")

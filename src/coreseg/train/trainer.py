@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import os
+import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -177,9 +178,15 @@ class StageTrainer(Trainer):
             everywhere = cast(list[dict[str, list[float]]], gather_object([dict(self._noted)]))
             for name in sorted({name for noted in everywhere for name in noted}):
                 logs[name] = float(np.mean([value for noted in everywhere for value in noted.get(name, ())]))
-            logs["cpu_minutes"] = self.clock.minutes
+            logs["cpu_minutes"], logs["memory_gb"] = self.clock.minutes, self._peak_gb()
             self._noted.clear()
         super().log(logs, *args, **kwargs)
+
+    def _peak_gb(self) -> float:
+        """The most memory held so far: the GPU's, or without one this process's."""
+        if self.args.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.args.device) / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
 
     def looked(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], pictures: Sequence[str | None]
