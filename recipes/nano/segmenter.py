@@ -38,11 +38,19 @@ EMA_DECAY = 0.995
 SAVE_EVERY = 200
 
 
-def squared(lesions: LesionSet, sample: Sample) -> torch.Tensor:
+def squared(lesions: LesionSet, sample: Sample, side_px: int = IMAGE_SIZE_PX) -> torch.Tensor:
     """A row's picture stretched to the segmenter's square, (1, 3, side, side), 8 bit."""
     image = torch.from_numpy(lesions.image(sample)).permute(2, 0, 1)[None].float()
-    side = (IMAGE_SIZE_PX, IMAGE_SIZE_PX)
-    return functional.interpolate(image, side, mode="bilinear", antialias=True).round().byte()
+    return functional.interpolate(image, (side_px, side_px), mode="bilinear", antialias=True).round().byte()
+
+
+def draw_weights(sources: list[str]) -> np.ndarray:
+    """How likely each picture is drawn, by the name of its set; they sum to 1."""
+    counts = {name: sources.count(name) for name in set(sources)}
+    weights = np.array(
+        [counts[name] ** -0.5 * (PHANTOM_WEIGHT if name.startswith("phantom_") else 1.0) for name in sources]
+    )
+    return weights / weights.sum()
 
 
 def load(sets: list[LesionSet], split: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
@@ -130,10 +138,7 @@ def train(sets: list[LesionSet], out: Path, steps: int, seed: int, validate_ever
     torch.manual_seed(seed)
     images, masks, sources = load(sets, "train")
     validation = load(sets[:1], "val")
-    counts = {name: sources.count(name) for name in set(sources)}
-    weights = np.array(
-        [counts[name] ** -0.5 * (PHANTOM_WEIGHT if name.startswith("phantom_") else 1.0) for name in sources]
-    )
+    weights = draw_weights(sources)
     model = build_segmenter().to(memory_format=torch.channels_last)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
     backbone = list(model.vision_encoder.backbone.parameters())
@@ -156,7 +161,7 @@ def train(sets: list[LesionSet], out: Path, steps: int, seed: int, validate_ever
     for step in bar:
         # Seeded by the step, so that a resumed run draws what an uninterrupted one would have drawn.
         rng, generator = np.random.default_rng((seed, step)), torch.Generator().manual_seed(seed + step)
-        rows = torch.from_numpy(rng.choice(len(images), BATCH, p=weights / weights.sum()))
+        rows = torch.from_numpy(rng.choice(len(images), BATCH, p=weights))
         batch_images, batch_masks = augment(images[rows].float() / 255, masks[rows].float(), generator)
         freeze_statistics(model)
         pixels = ((batch_images - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
