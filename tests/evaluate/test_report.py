@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from coreseg.data.store import LesionSet
+from coreseg.errors import ConfigError
 from coreseg.evaluate import BlindBaseline, evaluate, evaluate_and_report, print_table, write_summary
 from coreseg.evaluate.report import gain
 from coreseg.types import Result
@@ -115,3 +116,22 @@ def test_a_split_without_lesions_still_prints(lesion_set: LesionSet, oracle: Any
     print_table(evaluate(LesionSet.open(lesion_set.root), oracle, progress=False), console=console)
     assert "Rows with the lesion" not in text_of(console)
     assert row_of(text_of(console), "specificity") == ["100.0 [100.0, 100.0]"]
+
+
+def test_many_baselines_fit_120_columns_too(lesion_set: LesionSet, oracle: Any) -> None:
+    """Their intervals stand below the means."""
+    console = page()
+    names = ("runs/nano-grpo-3/checkpoint-1200", "blind", "question-blind", "oracle box", "unet", "category-embedding")
+    evaluations = [evaluate(lesion_set, replace(oracle, name=name), progress=False) for name in names]
+    print_table(evaluations[0], evaluations[1:], console)
+    text = text_of(console)
+    assert max(map(len, text.splitlines())) <= 120 and "…" not in text
+    assert row_of(text, "mDice") == ["100.0"] * 6
+    assert row_of(text, "mDice gained,") == ["", *["+0.0"] * 5]
+    assert row_of(text, "cysts") == ["3", *["100.0"] * 6]
+    assert text.count("[100.0, 100.0]") > 40
+
+
+def test_two_baselines_of_one_name_are_refused(lesion_set: LesionSet, oracle: Any) -> None:
+    with pytest.raises(ConfigError, match="two baselines are called 'oracle'"):
+        evaluate_and_report(lesion_set, oracle, baselines=[oracle, oracle], progress=False)

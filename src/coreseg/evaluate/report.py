@@ -13,12 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from coreseg.data.store import LesionSet
+from coreseg.errors import ConfigError
 from coreseg.evaluate.baselines import BlindBaseline
 from coreseg.evaluate.run import Evaluation, Predictor, evaluate
 from coreseg.metrics import bootstrap_interval, macro_bootstrap_interval, macro_mean
 
 _WIDTH = 120
-_FIGURE_WIDTH = len("100.0 [100.0, 100.0]")
+_ON_A_LINE = 3
 _HEADLINES = {
     "dice": "mDice",
     "iou": "mIoU",
@@ -67,10 +68,14 @@ def evaluate_and_report(
     Prints the tables to `console`, where one is given. With `out`, writes there `records.jsonl` and `summary.json`,
     and each baseline's records in a folder of its name. `options` are those of `evaluate`. The blind guess is left
     out where the set has no lesion in a split "train". Returns both the predictor's evaluation and the baselines';
-    raises as `evaluate`.
+    raises as `evaluate`, and ConfigError where two baselines have one name.
     """
     has_train = any(sample.boxes for sample in lesion_set.split("train"))
     others = [*([BlindBaseline.fit(lesion_set)] if has_train else []), *baselines]
+    names = [other.name for other in others]
+    if len(names) > len(set(names)):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"two baselines are called {twice!r}; evaluate them one by one, each with another --out")
     evaluation = evaluate(lesion_set, predictor, split=split, out=out, **options)
     beside = [evaluate(lesion_set, other, split=split, out=out and out / other.name, **options) for other in others]
     if console:
@@ -163,54 +168,63 @@ def print_table(evaluation: Evaluation, baselines: Sequence[Evaluation] = (), co
 
 
 def _headline_table(title: str, mean: str, columns: Sequence[Evaluation]) -> Table:
-    table = new_table(title, [each.name for each in columns])
+    apart = _apart(columns)
+    table = new_table(title, [each.name for each in columns], apart)
     if columns[0].summary[mean]:
         for key, label in _HEADLINES.items():
-            table.add_row(label, *(cell(each.summary[mean][key]) for each in columns))
+            table.add_row(label, *(cell(each.summary[mean][key], apart) for each in columns))
         for score, label in _GAINS.items():
             gains = [gain(columns[0], each, score) for each in columns[1:]]
             if gains:
-                table.add_row(label, "", *(cell(each[mean] if each else None, sign=True) for each in gains))
+                table.add_row(label, "", *(cell(each[mean] if each else None, apart, sign=True) for each in gains))
     return table
 
 
 def _block_table(title: str, rows: Mapping[str, str], block: str, columns: Sequence[Evaluation]) -> Table:
-    table = new_table(title, [each.name for each in columns])
+    apart = _apart(columns)
+    table = new_table(title, [each.name for each in columns], apart)
     figures = [each.summary[block] or {} for each in columns]
     for key, label in rows.items():
         if any(each.get(key) for each in figures):
-            table.add_row(label, *(cell(each.get(key), sign=key == "gain") for each in figures))
+            table.add_row(label, *(cell(each.get(key), apart, sign=key == "gain") for each in figures))
     return table
 
 
 def _part_table(title: str, part: str, columns: Sequence[Evaluation]) -> Table:
-    """The scores of the first column in full, and the mDice of the others."""
-    others = [f"{each.name} mDice" for each in columns[1:]]
-    table = new_table(title, ["n", "mDice", "mIoU", "fails", "detect", *others])
+    """The scores of the first column in full, and the mDice of the others; mDice alone where those are many."""
+    apart = _apart(columns)
+    more = {"mIoU": "iou", "fails": "failure", "detect": "detect"} if apart == " " else {}
+    table = new_table(title, ["n", "mDice", *more, *(f"{each.name} mDice" for each in columns[1:])], apart)
     for name, scores in columns[0].summary["by"][part].items():
-        means = [f"{scores[key]['mean']:.1f}" for key in ("iou", "failure", "detect")]
-        dices = [cell(each.summary["by"][part].get(name, {}).get("dice")) for each in columns]
+        means = [f"{scores[key]['mean']:.1f}" for key in more.values()]
+        dices = [cell(each.summary["by"][part].get(name, {}).get("dice"), apart) for each in columns]
         table.add_row(escape(name), str(scores["n"]), dices[0], *means, *dices[1:])
     return table
 
 
-def new_table(title: str, headings: Sequence[str]) -> Table:
+def _apart(columns: Sequence[Evaluation]) -> str:
+    """What stands between a mean and its interval: beside each other no more than so many figures fit."""
+    return " " if len(columns) <= _ON_A_LINE else "\n"
+
+
+def new_table(title: str, headings: Sequence[str], apart: str = " ") -> Table:
     """A table without rows yet: a column of labels, which may take several lines, and columns of figures."""
     table = Table("", title=title, title_justify="left", title_style="bold")
     table.columns[0].overflow = "fold"
     for heading in headings:
-        table.add_column(_heading(heading), justify="right", no_wrap=True)
+        table.add_column(_heading(heading, apart), justify="right", no_wrap=True)
     return table
 
 
-def _heading(name: str) -> str:
+def _heading(name: str, apart: str) -> str:
     """The name in lines no wider than a figure: a folder's path must not push the figures apart."""
-    return escape("\n".join(wrap(name, _FIGURE_WIDTH, break_on_hyphens=False)))
+    width = max(map(len, f"100.0{apart}[100.0, 100.0]".split("\n")))
+    return escape("\n".join(wrap(name, width)))
 
 
-def cell(figure: Mapping[str, float] | None, sign: bool = False) -> str:
+def cell(figure: Mapping[str, float] | None, apart: str = " ", sign: bool = False) -> str:
     """`51.2 [47.9, 54.3]`, each number with its sign if asked; `-` without a figure."""
     if figure is None:
         return "-"
     form = "+.1f" if sign else ".1f"
-    return f"{figure['mean']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]"
+    return f"{figure['mean']:{form}}{apart}[{figure['low']:{form}}, {figure['high']:{form}}]"
