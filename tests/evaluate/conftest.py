@@ -86,6 +86,17 @@ def made_fixture() -> Callable[..., Record]:
     return made
 
 
+@pytest.fixture(scope="session")
+def tiny_core_seg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny CORE-Seg with random weights, LLaVA and EdgeTAM."""
+    from coreseg.model.assemble import assemble
+    from coreseg.testing_models import tiny_edgetam, tiny_llava
+
+    root = tmp_path_factory.mktemp("tiny")
+    assemble(str(tiny_llava(root / "llava")), str(tiny_edgetam(root / "edgetam")), root / "joined")
+    return root / "joined"
+
+
 @pytest.fixture(name="give")
 def give_fixture() -> Callable[..., Result]:
     """`give`, for tests that write their own answers."""

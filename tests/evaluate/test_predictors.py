@@ -10,8 +10,9 @@ import torch
 
 from coreseg.answer import parse
 from coreseg.data.store import LesionSet
-from coreseg.evaluate.predictors import ModelPredictor, QuestionBlind
+from coreseg.evaluate.predictors import ModelPredictor, OracleBox, QuestionBlind
 from coreseg.evaluate.run import Predictor
+from coreseg.segmenter import Segmenter
 
 
 def test_the_model_is_asked_by_picture_and_question_alone(bright_segmenter: Any, lesion_set: LesionSet) -> None:
@@ -79,3 +80,28 @@ def test_the_question_blind_baseline(bright_segmenter: Any, lesion_set: LesionSe
     assert answer is not None and answer.category == samples[0].category
     assert np.array_equal(answer.boxes, found.boxes)
     assert parse(empty.text) is not None and empty.boxes.shape == (0, 4)
+
+
+def test_the_oracle_is_prompted_by_the_boxes_of_the_asked_row(tiny_core_seg: Path, lesion_set: LesionSet) -> None:
+    """In the segmenter's square of 64 px; no box, no mask."""
+    segmenter = Segmenter.from_pretrained(tiny_core_seg, "cpu")
+    prompted: list[Any] = []
+
+    def in_boxes(pixels: Any, boxes: Any) -> torch.Tensor:
+        prompted.append((pixels.shape, [row.tolist() for row in boxes]))
+        return torch.stack([torch.full((16, 16), 1.0 if len(row) else -1.0) for row in boxes])
+
+    segmenter.model.in_boxes = in_boxes  # type: ignore[method-assign]
+    predictor = OracleBox.of(ModelPredictor(segmenter, "tiny", True, {"weights": "aa"}))
+    assert isinstance(predictor, Predictor)
+    assert (predictor.name, predictor.settings) == ("oracle box", {"weights": "aa"})
+    rows = [lesion_set.split("val")[number] for number in (2, 4)]
+    two, none = predictor.predict(rows, [lesion_set.image(row) for row in rows], ["The largest cyst?", "A polyp?"])
+    across, down = 64 / 40, 64 / 30
+    [(shape, [asked, empty])] = prompted
+    assert shape == (2, 3, 64, 64) and empty == []
+    expected = [[2 * across, 2 * down, 12 * across, 12 * down], [30 * across, 20 * down, 35 * across, 25 * down]]
+    assert np.allclose(asked, expected)
+    assert two.found and two.mask.all() and not none.found and not none.mask.any()
+    absent = parse(none.text)
+    assert absent is not None and absent.category == "polyp" and not absent.found

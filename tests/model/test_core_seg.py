@@ -13,7 +13,7 @@ from coreseg.errors import InputError
 from coreseg.model.assemble import freeze_all_but_heads
 from coreseg.model.core_seg import CoreSeg, Generation, TrainingOutput
 from coreseg.model.processor import IGNORED, Batch
-from coreseg.sam2 import box_prompts
+from coreseg.sam2 import box_prompts, decode_masks, encode_image
 from coreseg.segmenter import Segmenter
 from coreseg.types import Answer
 
@@ -324,6 +324,21 @@ def test_box_prompts_of_unequal_rows_are_filled_with_no_point(nano: Segmenter) -
     blank = nano.model.segmenter.prompt_encoder.not_a_point_embed.weight.expand(2 * count, -1)
     torch.testing.assert_close(prompts[2, 0], blank)
     torch.testing.assert_close(prompts[0, 0, count:], blank[count:])
+
+
+def test_each_box_is_decoded_by_itself_and_the_masks_are_united(nano: Segmenter, pictures: list[np.ndarray]) -> None:
+    model = nano.model
+    pixels = torch.cat([nano.processor.segmenter_pixels(picture) for picture in pictures])
+    first, second = torch.tensor([[5.0, 5.0, 20.0, 20.0]]), torch.tensor([[30.0, 40.0, 60.0, 62.0]])
+    with torch.no_grad():
+        both = model.in_boxes(pixels, [torch.cat([first, second]), torch.zeros(0, 4), second])
+        maps = encode_image(model.segmenter, pixels)
+        one = decode_masks(model.segmenter, maps, box_prompts(model.segmenter, [first] * 3))
+        other = decode_masks(model.segmenter, maps, box_prompts(model.segmenter, [second] * 3))
+    assert torch.allclose(both[0], torch.maximum(one[0, 0], other[0, 0]), atol=1e-5)
+    assert not torch.allclose(one[0, 0], other[0, 0], atol=1e-3), "the boxes differ, and so do their masks"
+    assert torch.allclose(both[2], other[2, 0], atol=1e-5)
+    assert (both[1] < 0).all(), "no box, no mask"
 
 
 def test_the_processor_reads_boxes_into_the_segmenters_square(nano: Segmenter, pictures: list[np.ndarray]) -> None:

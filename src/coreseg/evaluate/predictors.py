@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 
 from coreseg.answer import answer_sentence, render
 from coreseg.evaluate.run import Images
 from coreseg.masks import box_tuples, mask_to_boxes
 from coreseg.model.assemble import find_checkpoint
+from coreseg.model.processor import CoreSegProcessor
 from coreseg.segmenter import Segmenter
 from coreseg.types import Answer, Result, Sample
 
@@ -31,7 +33,7 @@ class ModelPredictor:
         """Load a checkpoint; its weights' digest is part of the settings, so that no answer outlives its model."""
         segmenter = Segmenter.from_pretrained(model, device, dtype)
         place = find_checkpoint(model)
-        weights = _digest(place) if isinstance(place, Path) else place
+        weights = weights_digest(place) if isinstance(place, Path) else place
         settings = {"weights": weights, "dtype": str(segmenter.model.dtype), "constrained": constrained}
         return cls(segmenter, model, constrained, settings)
 
@@ -55,36 +57,76 @@ class QuestionBlind:
 
     @torch.no_grad()
     def predict(self, samples: Sequence[Sample], images: Images, questions: Sequence[str]) -> Sequence[Result]:
-        """One mask an image; boxes and text follow from the mask, the category being taken from the sample."""
+        """See `coreseg.evaluate.Predictor`; of the samples only the category is used, for the text."""
         started = time.perf_counter()
         model, processor = self.segmenter.model, self.segmenter.processor
         pixels = torch.cat([processor.segmenter_pixels(image) for image in images])
         logits = model.question_blind(pixels.to(model.device, model.dtype))
-        masks = [processor.mask_from_logits(row, image.shape[:2]) for row, image in zip(logits, images, strict=True)]
-        seconds = (time.perf_counter() - started) / len(images)
-        results = []
-        for sample, image, mask in zip(samples, images, masks, strict=True):
-            found = bool(mask.any())
-            boxes = mask_to_boxes(mask)
-            written = box_tuples(boxes)
-            answer = Answer(sample.category, written, "", found)
-            results.append(
-                Result(
-                    mask=mask,
-                    boxes=boxes,
-                    reasoning="",
-                    answer=answer_sentence(answer),
-                    text=render(answer),
-                    found=found,
-                    valid=True,
-                    seconds=seconds,
-                    image=image,
-                )
+        return answers_from_masks(samples, images, logits, started)
+
+
+@dataclass(frozen=True)
+class OracleBox:
+    """The segmenter prompted by the row's reference boxes: what its masks score once it is told where to look.
+
+    An upper bound only as far as the segmenter heeds its box prompts, which is for the figures to say. A lesion-free
+    row gets an empty mask; a question about some of the lesions gets them all. See `CoreSeg.in_boxes`. Our choice.
+    """
+
+    segmenter: Segmenter
+    settings: Mapping[str, Any]
+    name: str = "oracle box"
+
+    @classmethod
+    def of(cls, predictor: ModelPredictor) -> "OracleBox":
+        """The baseline from a model's own segmenter."""
+        return cls(predictor.segmenter, predictor.settings)
+
+    @torch.no_grad()
+    def predict(self, samples: Sequence[Sample], images: Images, questions: Sequence[str]) -> Sequence[Result]:
+        """See `coreseg.evaluate.Predictor`; of the samples boxes and category are used, the questions not at all."""
+        started = time.perf_counter()
+        model, processor = self.segmenter.model, self.segmenter.processor
+        pixels = torch.cat([processor.segmenter_pixels(image) for image in images])
+        boxes = [
+            processor.segmenter_boxes(sample.boxes, (image.shape[1], image.shape[0]))
+            for sample, image in zip(samples, images, strict=True)
+        ]
+        logits = model.in_boxes(pixels.to(model.device, model.dtype), boxes)
+        return answers_from_masks(samples, images, logits, started)
+
+
+def answers_from_masks(
+    samples: Sequence[Sample], images: Images, logits: Float[torch.Tensor, "batch _ _"], started: float
+) -> list[Result]:
+    """What a baseline without words answers: boxes and text follow from the mask, the category is the asked one.
+
+    `started` is the `time.perf_counter()` from before the batch.
+    """
+    masks = [CoreSegProcessor.mask_from_logits(row, image.shape[:2]) for row, image in zip(logits, images, strict=True)]
+    seconds = (time.perf_counter() - started) / len(images)
+    results = []
+    for sample, image, mask in zip(samples, images, masks, strict=True):
+        found = bool(mask.any())
+        boxes = mask_to_boxes(mask)
+        answer = Answer(sample.category, box_tuples(boxes), "", found)
+        results.append(
+            Result(
+                mask=mask,
+                boxes=boxes,
+                reasoning="",
+                answer=answer_sentence(answer),
+                text=render(answer),
+                found=found,
+                valid=True,
+                seconds=seconds,
+                image=image,
             )
-        return results
+        )
+    return results
 
 
-def _digest(folder: Path) -> str:
+def weights_digest(folder: Path) -> str:
     """SHA-256 over the folder's weight files, its first 16 digits."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):

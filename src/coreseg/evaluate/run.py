@@ -46,7 +46,7 @@ class Predictor(Protocol):
     def predict(self, samples: Sequence[Sample], images: Images, questions: Sequence[str]) -> Sequence[Result]:
         """One result per question, in order, its mask at the size of its image.
 
-        The samples tell a baseline the category; their boxes and masks are for tests only.
+        The samples tell a baseline the category; their boxes and masks are for tests and for an oracle only.
         """
 
 

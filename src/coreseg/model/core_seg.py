@@ -244,6 +244,23 @@ class CoreSeg(PreTrainedModel):
         maps = encode_image(self.segmenter, segmenter_pixels)
         return decode_masks(self.segmenter, maps, any_lesion_prompt(self.segmenter, len(segmenter_pixels)))[:, 0]
 
+    def in_boxes(
+        self, segmenter_pixels: Float[torch.Tensor, "batch 3 side side"], boxes: Boxes
+    ) -> Float[torch.Tensor, "batch height width"]:
+        """Mask logits of the segmenter's own box prompts; -1 throughout for a row without boxes.
+
+        Each box is decoded by itself and the masks are united: to a SAM a box means one object, and all boxes in one
+        prompt would be a prompt that it never saw. Our choice.
+        """
+        maps = encode_image(self.segmenter, segmenter_pixels)
+        logits = torch.full((len(maps[0]), *maps[0].shape[-2:]), -1.0).to(maps[0])
+        for row, asked in enumerate(boxes):
+            if len(asked):
+                prompts = box_prompts(self.segmenter, list(asked[:, None])).transpose(0, 1)
+                own = [level[row : row + 1] for level in maps]
+                logits[row] = decode_masks(self.segmenter, own, prompts)[0].amax(dim=0)
+        return logits
+
     @torch.no_grad()
     def generate(
         self,

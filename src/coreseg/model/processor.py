@@ -144,7 +144,7 @@ class CoreSegProcessor:
             segmenter_pixels=torch.cat([self.segmenter_pixels(image) for image in images]),
             frames_wh=[prompt.frame_wh for prompt in prompts],
             segmenter_boxes=[
-                self._to_segmenter(answer.boxes, (image.shape[1], image.shape[0]))
+                self.segmenter_boxes(answer.boxes, (image.shape[1], image.shape[0]))
                 for image, answer in zip(images, answers or (), strict=answers is not None)
             ],
         )
@@ -178,11 +178,12 @@ class CoreSegProcessor:
         """The boxes that completions write, in the segmenter's square; none where the form is invalid."""
         answers = [parse(self.decode(ids), frame) for ids, frame in zip(completions, frames_wh, strict=True)]
         return [
-            self._to_segmenter(answer.boxes if answer else (), frame)
+            self.segmenter_boxes(answer.boxes if answer else (), frame)
             for answer, frame in zip(answers, frames_wh, strict=True)
         ]
 
-    def _to_segmenter(self, boxes: Sequence[tuple[int, ...]], from_wh: tuple[int, int]) -> Float[torch.Tensor, "_ 4"]:
+    def segmenter_boxes(self, boxes: Sequence[tuple[int, ...]], from_wh: tuple[int, int]) -> Float[torch.Tensor, "_ 4"]:
+        """Boxes of a picture of that size in the segmenter's square, not rounded."""
         scale = self.config.segmenter_size_px / torch.tensor([*from_wh, *from_wh])
         return torch.tensor(boxes).reshape(-1, 4) * scale
 
@@ -196,12 +197,9 @@ class CoreSegProcessor:
 
     def segmenter_pixels(self, image: Picture) -> Float[torch.Tensor, "1 3 side side"]:
         """The picture stretched to the segmenter's square and normalised."""
-        side = (self.config.segmenter_size_px, self.config.segmenter_size_px)
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
-        resized = functional.interpolate(pixels, side, mode="bilinear", antialias=True)
         mean = torch.tensor(self.config.segmenter_mean).view(1, 3, 1, 1)
         std = torch.tensor(self.config.segmenter_std).view(1, 3, 1, 1)
-        return (resized - mean) / std
+        return (stretch_image(image, self.config.segmenter_size_px) - mean) / std
 
     @staticmethod
     def mask_from_logits(
@@ -277,6 +275,12 @@ class AnswerConstraint(LogitsProcessor):
             kept[row, index] = scores[row, index]
         self._started = True
         return kept
+
+
+def stretch_image(image: Picture, side_px: int) -> Float[torch.Tensor, "1 3 side side"]:
+    """The picture stretched to a square, in [0, 1]."""
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+    return functional.interpolate(pixels, (side_px, side_px), mode="bilinear", antialias=True)
 
 
 def _pad_left(ids: Sequence[int], length: int, value: int) -> list[int]:
