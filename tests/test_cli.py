@@ -259,6 +259,26 @@ def test_the_blind_guess_alone_as_json(phantoms: Path) -> None:
     assert json.loads(done.stdout)["n"] == 2
 
 
+def test_trained_baselines_and_the_oracle_stand_beside_a_model(phantoms: Path, tmp_path: Path) -> None:
+    from coreseg.evaluate.trained import CategoryPrompt
+    from coreseg.model.assemble import assemble
+    from coreseg.testing_models import tiny_edgetam, tiny_llava
+
+    model = assemble(str(tiny_llava(tmp_path / "llava")), str(tiny_edgetam(tmp_path / "edgetam")), tmp_path / "joined")
+    folder = tmp_path / "trained"
+    CategoryPrompt.of(model, ["cyst", "nodule"]).save(folder, {"steps": 1})
+    words = ("evaluate", phantoms, "--model", tmp_path / "joined", "--limit", "2", "--device", "cpu", "--oracle-box")
+    done = run(*words, "--baseline", folder, "--out", "figures")
+    assert done.exit_code == 0, done.stderr
+    columns = "".join(done.stdout.split())
+    assert "oraclebox" in columns and "category-" in columns and "embedding" in columns and "unet" not in columns
+    beside = {path.parent.name for path in Path("figures").glob("*/records.jsonl")}
+    assert beside == {"blind", "oracle box", "category-embedding"}
+    assert "no trained baseline" in complaint(run(*words, "--baseline", tmp_path / "joined"))
+    assert "'category-embedding'" in complaint(run(*words, "--baseline", folder, "--baseline", folder))
+    assert "--baseline" in complaint(run("evaluate", phantoms, "--model", "blind", "--oracle-box"))
+
+
 def test_evaluate_names_what_it_cannot_find(phantoms: Path, tmp_path: Path) -> None:
     assert "no metadata.jsonl" in complaint(run("evaluate", tmp_path))
     assert "no split 'dev'" in complaint(run("evaluate", phantoms, "--split", "dev", "--model", "blind"))

@@ -217,6 +217,13 @@ def evaluate(
     question_blind: Annotated[
         bool, typer.Option(help='Add the segmenter\'s "any lesion" prompt as a baseline.')
     ] = False,
+    oracle_box: Annotated[
+        bool, typer.Option("--oracle-box", help="Add the segmenter prompted by the reference boxes as a baseline.")
+    ] = False,
+    baseline: Annotated[
+        list[Path] | None,
+        typer.Option("--baseline", metavar="FOLDER", help="Add a trained baseline (recipes/baselines); repeatable."),
+    ] = None,
     swap_reasoning: Annotated[
         bool, typer.Option("--swap-reasoning", help="Replace the reasoning, and see whether boxes and mask move.")
     ] = False,
@@ -226,7 +233,7 @@ def evaluate(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Score a model on a data set, blind baselines beside it. `--model blind` scores the blind guess alone.
+    """Score a model on a data set, baselines beside it. `--model blind` scores the blind guess alone.
 
     Example: coreseg evaluate my-set --model nano --out figures
     """
@@ -250,9 +257,9 @@ def evaluate(
     others: list[Evaluation] = []
     swapped: Mapping[str, Any] | None = None
     if model == "blind":
-        if free or question_blind or swap_reasoning or device or dtype:
-            options_of_models = "--free, --question-blind, --swap-reasoning, --device and --dtype"
-            raise InputError(f"{options_of_models} are for models; the blind guess has none")
+        if free or question_blind or oracle_box or baseline or swap_reasoning or device or dtype:
+            of_models = "--free, --question-blind, --oracle-box, --baseline, --swap-reasoning, --device and --dtype"
+            raise InputError(f"{of_models} are for models; the blind guess has none")
         done = run(lesions, BlindBaseline.fit(lesions), **options)
         if console:
             print_table(done, [], console)
@@ -260,10 +267,15 @@ def evaluate(
             write_summary(out / "summary.json", done)
     else:
         _quiet_transformers()
-        from coreseg.evaluate.predictors import ModelPredictor, QuestionBlind
+        from coreseg.evaluate.predictors import ModelPredictor, OracleBox, QuestionBlind
+        from coreseg.evaluate.run import Predictor
+        from coreseg.evaluate.trained import open_baseline
 
+        trained = [open_baseline(folder) for folder in baseline or []]
         predictor = ModelPredictor.load(model, device, dtype, constrained=not free)
-        beside = [QuestionBlind.of(predictor)] if question_blind else []
+        beside: list[Predictor] = [QuestionBlind.of(predictor)] if question_blind else []
+        beside += [OracleBox.of(predictor)] if oracle_box else []
+        beside += [each.to(predictor.segmenter.model.device) for each in trained]
         done, others = evaluate_and_report(lesions, predictor, console=console, baselines=beside, **options)
         if swap_reasoning:
             from coreseg.evaluate.swap import print_swaps
