@@ -72,9 +72,9 @@ if __name__ == "__main__":
         arms[run.name.rsplit("-", 1)[0]].append(curves(run))
         found = arms[run.name.rsplit("-", 1)[0]][-1]
         spread = np.mean(found["mask_spread"][1])
+        steps, dices = found["dice"]
         print(
-            f"{run.name}: {found['dice'][0][-1]} steps, Dice {found['dice'][1][0]:.3f} at the first look, "
-            f"{found['dice'][1][-1]:.3f} at the last, {options.reach} at step {reached(found['dice'], options.reach):g}; "
-            f"groups with spread {100 * spread:.1f} %"
+            f"{run.name}: {steps[-1]} steps, Dice {dices[0]:.3f} at the first look, {dices[-1]:.3f} at the last, "
+            f"{options.reach} at step {reached(found['dice'], options.reach):g}; groups with spread {100 * spread:.1f} %"
         )
     draw(arms, options.out)
