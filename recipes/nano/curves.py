@@ -75,6 +75,6 @@ if __name__ == "__main__":
         steps, dices = found["dice"]
         print(
             f"{run.name}: {steps[-1]} steps, Dice {dices[0]:.3f} at the first look, {dices[-1]:.3f} at the last, "
-            f"{options.reach} at step {reached(found['dice'], options.reach):g}; spread in {100 * spread:.1f} % of groups"
+            f"{options.reach} at step {reached(found['dice'], options.reach):g}; spread {100 * spread:.1f} %"
         )
     draw(arms, options.out)
