@@ -1,6 +1,7 @@
 """Differences worked by hand, verdicts that must and must not be given, and runs that cannot be compared."""
 
 import csv
+import gzip
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -175,6 +176,14 @@ def test_folders_are_read_matched_and_printed(run: Callable[..., Path], whole_im
     assert {row["file_name"]: float(row["dice_difference"]) for row in rows}["images/polyp_1.png"] == pytest.approx(
         1 - dices[3] / 100
     )
+
+
+def test_packed_records_are_the_same(run: Callable[..., Path]) -> None:
+    (before,) = read_side("A", [run("a")])
+    file = before.folder / "records.jsonl"
+    (before.folder / "records.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
+    file.unlink()
+    assert read_side("A", [before.folder]) == [before]
 
 
 @pytest.mark.parametrize(

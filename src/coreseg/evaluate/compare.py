@@ -98,7 +98,7 @@ def read_side(name: str, folders: Sequence[Path]) -> list[Run]:
 
 
 def _read_run(folder: Path) -> Run:
-    written = read_records(folder / "records.jsonl")
+    written = read_records(folder / "records.jsonl") or read_records(folder / "records.jsonl.gz")
     if written is None or not written.records:
         raise DataError(f"{folder}: no records in it; expected a folder that `coreseg evaluate SET --out FOLDER` wrote")
     if missing := {"model_settings", *_ASKED} - written.settings.keys():

@@ -3,6 +3,7 @@
 Records are written as they come, so that a run that was stopped goes on where it stood.
 """
 
+import gzip
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -245,12 +246,13 @@ class Written:
 
 
 def read_records(file: Path) -> Written | None:
-    """The finished rows of a `records.jsonl`; None where there is no file, or not even a first line in it.
+    """The finished rows of a `records.jsonl`, or of one packed by gzip; None where there is not even a first line.
 
     A row is finished with its plain question, which comes last; a line without its end is what a stopped run left.
     Raises DataError for whole lines that are no records.
     """
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    content = file.read_bytes() if file.exists() else b""
+    lines = (gzip.decompress(content) if file.suffix == ".gz" else content).splitlines(keepends=True)
     if not lines or not lines[0].endswith(b"\n"):
         return None
     settings = _parsed(lines[0], lambda fields: dict(fields["settings"]), f"{file} line 1")
