@@ -338,6 +338,23 @@ def test_a_loss_that_is_no_number_stops_the_run(nano: Path, phantoms: Path, tmp_
         trainer.train()
 
 
+def test_a_gradient_that_is_no_number_spoils_nothing(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(settings(nano, phantoms, tmp_path, save_every=1))
+    step = trainer.training_step
+
+    def spoilt(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = step(*args, **kwargs)
+        if trainer.state.global_step == 1:
+            next(p for p in trainer.model.parameters() if p.grad is not None).grad.fill_(torch.inf)  # type: ignore[union-attr]
+        return loss
+
+    trainer.training_step = spoilt
+    with pytest.raises(TrainingError, match="step 2: the gradient's norm is"):
+        trainer.train()
+    assert all(torch.isfinite(tensor).all() for tensor in weights(trainer).values())
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
 # --- Runs ---
 
 
@@ -406,8 +423,13 @@ def test_a_run_ends_when_its_time_is_up(nano: Path, phantoms: Path, tmp_path: Pa
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     minutes = json.loads((checkpoint / "clock.json").read_text(encoding="utf-8"))["minutes"]
     assert 0.01 <= minutes < 1.0
+    trained, _ = load_parts(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "best")
     train_grpo(config)
     assert list((tmp_path / "run").glob("checkpoint-*")) == [checkpoint], "the time of a resumed run counts on"
+    again, start = load_parts(tmp_path / "run")[0].state_dict(), load_parts(nano)[0].state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in trained.state_dict().items())
+    assert any(not torch.equal(start[name], tensor) for name, tensor in again.items())
 
 
 @pytest.mark.slow

@@ -243,7 +243,7 @@ def policy_loss(
 
     `tokens_a_batch`: counted tokens of the whole optimiser step, over the batches it is made of; only dapo asks.
     Source: DeepSeekMath eq. 3 and 4; k3: http://joschu.net/blog/kl-approx.html. On the same numbers it equals
-    `trl.GRPOTrainer` with its default settings (tests/train/test_trl.py).
+    `trl.GRPOTrainer`, its `use_bias_correction_kl` off (tests/train/test_trl.py).
     """
     old = log_probs.detach() if rollout.old is None else rollout.old
     ratio = _held(log_probs - old).exp()
@@ -389,7 +389,7 @@ class GrpoTrainer(StageTrainer):
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"step {self.state.global_step + 1}: the loss is {loss.item()} (policy {policy.loss.item():.4g}, "
-                f"KL {policy.kl.item():.4g}); lower learning_rate or max_grad_norm and start in another `out`; "
+                f"KL {policy.kl.item():.4g}); lower learning_rate and start in another `out`; "
                 f"the last checkpoint in {config.out} is still good"
             )
         return (loss, output) if return_outputs else loss

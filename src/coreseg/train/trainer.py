@@ -28,7 +28,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from coreseg import config as settings_files
 from coreseg.config import StageConfig
-from coreseg.errors import ConfigError, MissingExtraError, ModelError
+from coreseg.errors import ConfigError, MissingExtraError, ModelError, TrainingError
 from coreseg.imaging import overlay
 from coreseg.metrics import detect_score, dice
 from coreseg.model.assemble import freeze_all_but_heads
@@ -159,7 +159,9 @@ class StageTrainer(Trainer):
         """Train from the run's last checkpoint, or from the start, and return the run folder, which holds `best/`."""
         out = Path(self.settings.out)
         last = last_checkpoint(out)
-        if not (last and self.settings.cpu_minutes and _spent(last) >= self.settings.cpu_minutes):
+        if last and self.settings.cpu_minutes and _spent(last) >= self.settings.cpu_minutes:
+            self._load_from_checkpoint(str(last))
+        else:
             self.train(resume_from_checkpoint=str(last) if last else None)
         if not (out / "best").exists() and self.is_world_process_zero():  # nothing was validated
             save_checkpoint(self.accelerator.unwrap_model(self.model), self.processor, out / "best")
@@ -247,6 +249,17 @@ class StageTrainer(Trainer):
             save_original_format=False,
         )
 
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """The norm of the gradients. Raises TrainingError where it is no number: one step would spoil every weight."""
+        norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[no-untyped-call]
+        # In fp16 the gradient scaler passes over such steps by itself.
+        if norm is not None and not math.isfinite(norm) and self.settings.precision != "fp16":
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: the gradient's norm is {float(norm)}; start in another `out` with "
+                f"a lower learning_rate; the last checkpoint in {self.settings.out} is still good"
+            )
+        return norm
+
     def _save_rng_state(self, output_dir: str) -> None:
         """What a resumed run needs to know beyond weights and optimiser, in files that Trainer does not know of."""
         super()._save_rng_state(output_dir)
@@ -306,6 +319,10 @@ def training_arguments(config: StageConfig) -> TrainingArguments:
         disable_tqdm=False,
         ddp_find_unused_parameters=True,
     )
+    if config.cpu_minutes and arguments.world_size > 1:
+        raise ConfigError(
+            f"cpu_minutes is {config.cpu_minutes} with {arguments.world_size} processes, whose clocks differ; use steps"
+        )
     if arguments.n_gpu > 1:
         raise ConfigError(
             f"one process sees {arguments.n_gpu} GPUs; give each its own: torchrun --nproc-per-node {arguments.n_gpu} "
