@@ -242,6 +242,31 @@ def test_the_first_step_starts_at_the_reference(nano: Path, phantoms: Path, tmp_
     )
 
 
+def check_reference(checkpoint: Path, phantoms: Path, out: Path) -> None:
+    """After some steps it still is the model that training started from, the marker's rows included."""
+    trainer = trainer_of(settings(checkpoint, phantoms, out, learning_rate=1e-2))
+    trainer.train()
+    batches = iter(trainer.get_train_dataloader())
+    trainer.rollouts = []
+    (inputs,), _ = trainer.get_batch_samples(batches, 1, torch.device("cpu"))
+    rollout = inputs["rollout"]
+    rows = with_completions(replace(inputs["batch"], reasoner_inputs=inputs["reasoner_inputs"]), rollout)
+    start, _ = load_parts(checkpoint)
+    with torch.no_grad():
+        expected, _ = token_log_probs(start.eval()(**rows).logits, rollout.ids, 1.0)
+        now, _ = token_log_probs(trainer.model.eval()(**rows).logits, rollout.ids, 1.0)
+    torch.testing.assert_close(rollout.reference[rollout.real], expected[rollout.real], atol=1e-5, rtol=1e-5)
+    assert (now - expected)[rollout.real].abs().max() > 0.05
+
+
+def test_the_reference_stays_where_training_started(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    check_reference(nano, phantoms, tmp_path)
+
+
+def test_the_reference_of_qwen_stays_where_training_started(qwen: Path, phantoms: Path, tmp_path: Path) -> None:
+    check_reference(qwen, phantoms, tmp_path)
+
+
 def test_qwen_trains_too(qwen: Path, phantoms: Path, tmp_path: Path) -> None:
     trainer = trainer_of(settings(qwen, phantoms, tmp_path / "run", steps=1))
     before = weights(trainer)

@@ -321,7 +321,7 @@ class GrpoTrainer(StageTrainer):
         prompts = replace(inputs["batch"], reasoner_inputs=inputs["reasoner_inputs"])
         with self._timed("masks"):
             maps = self._maps(model, inputs)
-        with self._timed("generate"), torch.random.fork_rng():
+        with self._timed("generate"), torch.random.fork_rng(), self.accelerator.autocast():
             # By place in the run, so that a resumed run samples what an uninterrupted one would have sampled.
             torch.manual_seed(hash((config.seed, self.state.global_step, number, self.args.process_index)))
             completions = self.sample(model, prompts, maps)
@@ -345,7 +345,7 @@ class GrpoTrainer(StageTrainer):
         self, model: CoreSeg, rows: dict[str, Any], ids: Int[torch.Tensor, "batch completion"]
     ) -> Float[torch.Tensor, "batch completion"]:
         def log_probs(reasoner: Any) -> Float[torch.Tensor, "batch completion"]:
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():  # Trainer does so for the policy's own pass
                 logits = reasoner(
                     rows["input_ids"], attention_mask=rows["attention_mask"], **rows["reasoner_inputs"]
                 ).logits
