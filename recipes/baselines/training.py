@@ -8,7 +8,6 @@ comparable: the learning rate falls along the share of it that is spent. Reading
 import argparse
 import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from coreseg.evaluate.trained import TrainedBaseline
 from coreseg.train.augment import augment
 from coreseg.train.collate import stretch_mask
 from coreseg.train.losses import dice_ce
+from coreseg.train.trainer import Clock
 
 WARMUP_SHARE = 0.05
 SAVE_EVERY = 100
@@ -74,17 +74,17 @@ def train(model: TrainedBaseline, groups: list[dict], sets: list[LesionSet], opt
     optimizer = torch.optim.AdamW(groups, weight_decay=0.02)
     averaged = AveragedModel(model, multi_avg_fn=average)
     parts = {"model": model, "average": averaged, "optimizer": optimizer}
-    step, spent_s, budget_s, checkpoint = 0, 0.0, 60 * options.cpu_minutes, options.out / "resume.pt"
+    step, clock, checkpoint = 0, Clock(), options.out / "resume.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        step, spent_s = state["step"], state["spent_s"]
+        step, clock.minutes = state["step"], state["cpu_minutes"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    started_s = time.process_time() - spent_s
     model.train()
     bar = tqdm(desc=model.name, initial=step, unit="step")
-    while spent_s < budget_s:
-        share = spent_s / budget_s
+    minutes = clock.minutes
+    while minutes < options.cpu_minutes:
+        share = minutes / options.cpu_minutes
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * min(1.0, (share + 1e-3) / WARMUP_SHARE) * 0.5 * (1 + math.cos(math.pi * share))
         # Seeded by the step, so that a resumed run draws what an uninterrupted one would have drawn.
@@ -97,13 +97,13 @@ def train(model: TrainedBaseline, groups: list[dict], sets: list[LesionSet], opt
         optimizer.step()
         optimizer.zero_grad()
         averaged.update_parameters(model)
-        step, spent_s = step + 1, time.process_time() - started_s
+        step, minutes = step + 1, clock.minutes
         bar.update()
-        bar.set_postfix(loss=f"{loss.item():.3f}", cpu_minutes=f"{spent_s / 60:.1f}")
-        if step % SAVE_EVERY == 0 or spent_s >= budget_s:
+        bar.set_postfix(loss=f"{loss.item():.3f}", cpu_minutes=f"{minutes:.1f}")
+        if step % SAVE_EVERY == 0 or minutes >= options.cpu_minutes:
             states = {name: part.state_dict() for name, part in parts.items()}
-            torch.save({"step": step, "spent_s": spent_s, **states}, checkpoint)
+            torch.save({"step": step, "cpu_minutes": minutes, **states}, checkpoint)
             with (options.out / "log.jsonl").open("a") as log:
-                log.write(json.dumps({"step": step, "cpu_seconds": round(spent_s), "loss": loss.item()}) + "\n")
+                log.write(json.dumps({"step": step, "cpu_minutes": round(minutes, 2), "loss": loss.item()}) + "\n")
     asked = {name: value for name, value in vars(options).items() if name not in ("datasets", "out")}
     averaged.module.save(options.out, {"steps": step, "rows": len(images), **asked})

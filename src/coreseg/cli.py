@@ -36,6 +36,9 @@ DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU, else bfloat16.")
 ]
 
+ConfigArgument = Annotated[Path, typer.Argument(help="TOML file of settings (see recipes/).")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one setting.")]
+
 
 def main() -> None:
     """Entry point of the `coreseg` command."""
@@ -273,8 +276,8 @@ def evaluate(
 
         trained = [open_baseline(folder) for folder in baseline or []]
         predictor = ModelPredictor.load(model, device, dtype, constrained=not free)
-        beside: list[Predictor] = [QuestionBlind.of(predictor)] if question_blind else []
-        beside += [OracleBox.of(predictor)] if oracle_box else []
+        beside: list[Predictor] = [QuestionBlind(predictor.segmenter, predictor.settings)] if question_blind else []
+        beside += [OracleBox(predictor.segmenter, predictor.settings)] if oracle_box else []
         beside += [each.to(predictor.segmenter.model.device) for each in trained]
         done, others = evaluate_and_report(lesions, predictor, console=console, baselines=beside, **options)
         if swap_reasoning:
@@ -381,12 +384,7 @@ def merge(
 
 @train_app.command("sft")
 @_clear_errors
-def train_sft(
-    config: Annotated[Path, typer.Argument(help="TOML file of settings (see recipes/).")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one setting.")
-    ] = None,
-) -> None:
+def train_sft(config: ConfigArgument, overrides: SetOption = None) -> None:
     """Stage 1: teach a CORE-Seg to describe, to place boxes and to prompt its segmenter.
 
     Run again with the same settings it goes on where it stopped. A file of settings needs model, data and out; see
@@ -398,18 +396,12 @@ def train_sft(
     _quiet_transformers()
     from coreseg.train.sft import train_sft as run
 
-    folder = run(settings)
-    typer.echo(f'{folder}: trained; try: coreseg segment IMAGE "QUESTION" --model {folder}')
+    _say_trained(run(settings))
 
 
 @train_app.command("grpo")
 @_clear_errors
-def train_grpo(
-    config: Annotated[Path, typer.Argument(help="TOML file of settings (see recipes/).")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one setting.")
-    ] = None,
-) -> None:
+def train_grpo(config: ConfigArgument, overrides: SetOption = None) -> None:
     """Stage 2: sample several answers to each question, and reinforce those whose form, boxes and mask are better.
 
     Starts from a model that stage 1 has trained. Run again with the same settings it goes on where it stopped. Watch
@@ -421,8 +413,11 @@ def train_grpo(
     _quiet_transformers()
     from coreseg.train.grpo import train_grpo as run
 
-    folder = run(settings)
-    typer.echo(f'{folder}: trained; try: coreseg segment IMAGE "QUESTION" --model {folder}')
+    _say_trained(run(settings))
+
+
+def _say_trained(run: Path) -> None:
+    typer.echo(f'{run}: trained; try: coreseg segment IMAGE "QUESTION" --model {run}')
 
 
 @data_app.command("import")

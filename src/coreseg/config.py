@@ -173,7 +173,7 @@ class GrpoConfig(StageConfig):
     beta: weight of the KL divergence from the model that training starts from; 0 does without that model.
     loss_type: how tokens are averaged. grpo: over a completion's tokens, then over completions; dr_grpo: over
     completions of `max_new_tokens` each, whatever their length; dapo: over all tokens of the optimiser step.
-    advantage_weight: factor on the advantages; at 0 rollouts are made but only the mask loss acts (an ablation).
+    advantage_weight: factor on the advantages; at 0 rollouts are made but only KL and mask loss act (an ablation).
     mask_truncated_completions: leave completions that hit the length limit out of the policy loss and the KL.
     reward: a table, see `RewardSettings`.
     samples_every: every so many steps the completions of one prompt are written out with their masks; 0 never.

@@ -69,7 +69,7 @@ def test_the_question_blind_baseline(bright_segmenter: Any, lesion_set: LesionSe
     segmenter.processor = SimpleNamespace(
         segmenter_pixels=lambda image: torch.zeros(1, 3, 8, 8), mask_from_logits=CoreSegProcessor.mask_from_logits
     )
-    predictor = QuestionBlind.of(ModelPredictor(segmenter, "bright", True, {"weights": "aa"}))
+    predictor = QuestionBlind(segmenter, {"weights": "aa"})
     assert isinstance(predictor, Predictor)
     assert (predictor.name, predictor.settings) == ("question-blind", {"weights": "aa"})
     images = [np.zeros((30, 40, 3), np.uint8)] * 2
@@ -92,7 +92,7 @@ def test_the_oracle_is_prompted_by_the_boxes_of_the_asked_row(tiny_core_seg: Pat
         return torch.stack([torch.full((16, 16), 1.0 if len(row) else -1.0) for row in boxes])
 
     segmenter.model.in_boxes = in_boxes  # type: ignore[method-assign]
-    predictor = OracleBox.of(ModelPredictor(segmenter, "tiny", True, {"weights": "aa"}))
+    predictor = OracleBox(segmenter, {"weights": "aa"})
     assert isinstance(predictor, Predictor)
     assert (predictor.name, predictor.settings) == ("oracle box", {"weights": "aa"})
     rows = [lesion_set.split("val")[number] for number in (2, 4)]

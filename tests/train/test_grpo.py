@@ -128,7 +128,7 @@ def test_log_probs_are_those_of_the_tempered_policy() -> None:
 
 def test_draws_repeat_by_optimiser_step() -> None:
     draws = Draws(np.ones(30), 10, seed=0)
-    once, repeated = list(draws), list(Repeated(draws, rows_a_step=2, updates=3, steps=5))
+    once, repeated = list(draws), list(Repeated(draws, rows_a_step=2, updates=3))
     assert repeated == [*once[:2], *once[:2], *once[:2], *once[2:4], *once[2:4]]
 
 
@@ -196,8 +196,9 @@ def test_scores_are_in_the_pictures_own_pixels(nano: Path, phantoms: Path, tmp_p
     assert [c.mask.any() for c in seen] == [True, True, False, False] * 2
 
 
+@pytest.mark.parametrize("keep_maps", [True, False])
 def test_the_image_is_encoded_once_whatever_the_group(
-    nano: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nano: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_maps: bool
 ) -> None:
     encoded: list[int] = []
     encode = grpo.encode_image
@@ -205,7 +206,7 @@ def test_the_image_is_encoded_once_whatever_the_group(
         monkeypatch.setattr(
             module, "encode_image", lambda model, pixels: encoded.append(len(pixels)) or encode(model, pixels)
         )
-    config = settings(nano, phantoms, tmp_path, steps=1, remeasure=True, versions=1, keep_maps=True)
+    config = settings(nano, phantoms, tmp_path, steps=1, remeasure=True, versions=1, keep_maps=keep_maps)
     trainer_of(config).train()
     assert 1 <= sum(encoded) <= 2, encoded
 
@@ -250,7 +251,7 @@ def check_reference(checkpoint: Path, phantoms: Path, out: Path) -> None:
     trainer.rollouts = []
     (inputs,), _ = trainer.get_batch_samples(batches, 1, torch.device("cpu"))
     rollout = inputs["rollout"]
-    rows = with_completions(replace(inputs["batch"], reasoner_inputs=inputs["reasoner_inputs"]), rollout)
+    rows = with_completions(inputs["batch"], rollout)
     start, _ = load_parts(checkpoint)
     with torch.no_grad():
         expected, _ = token_log_probs(start.eval()(**rows).logits, rollout.ids, 1.0)

@@ -5,7 +5,6 @@ clipped: a fresh LoRA would have ratios of 1 and a KL of 0, and prove nothing.
 """
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ def test_loss_and_gradients_equal_trl(qwen: Path, phantoms: Path, tmp_path: Path
 
     theirs = trl_trainer(ours, tmp_path / "theirs")
     theirs.current_gradient_accumulation_steps = ACCUMULATION
-    prompts = replace(inputs["batch"], reasoner_inputs=inputs["reasoner_inputs"])
+    prompts = inputs["batch"]
     rows = with_completions(prompts, rollout)
     width = prompts.input_ids.shape[1]
     theirs.model.train()

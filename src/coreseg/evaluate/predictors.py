@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -43,57 +43,61 @@ class ModelPredictor:
 
 
 @dataclass(frozen=True)
-class QuestionBlind:
-    """The segmenter with its "any lesion" prompt: what a mask scores that never heard the question."""
+class SegmenterAlone:
+    """A model's own segmenter without its reasoner; what prompts it is the kind of baseline."""
 
     segmenter: Segmenter
     settings: Mapping[str, Any]
-    name: str = "question-blind"
-
-    @classmethod
-    def of(cls, predictor: ModelPredictor) -> "QuestionBlind":
-        """The baseline from a model's own segmenter."""
-        return cls(predictor.segmenter, predictor.settings)
+    name: ClassVar[str]
 
     @torch.no_grad()
     def predict(self, samples: Sequence[Sample], images: Images, questions: Sequence[str]) -> Sequence[Result]:
-        """See `coreseg.evaluate.Predictor`; of the samples only the category is used, for the text."""
+        """See `coreseg.evaluate.Predictor`; the questions are not read, the samples give the category for the text."""
         started = time.perf_counter()
-        model, processor = self.segmenter.model, self.segmenter.processor
-        pixels = torch.cat([processor.segmenter_pixels(image) for image in images])
-        logits = model.question_blind(pixels.to(model.device, model.dtype))
+        model = self.segmenter.model
+        pixels = torch.cat([self.segmenter.processor.segmenter_pixels(image) for image in images])
+        logits = self.mask_logits(pixels.to(model.device, model.dtype), samples, images)
         return answers_from_masks(samples, images, logits, started)
+
+    def mask_logits(
+        self, pixels: Float[torch.Tensor, "batch 3 side side"], samples: Sequence[Sample], images: Images
+    ) -> Float[torch.Tensor, "batch height width"]:
+        """One mask for each of the pictures, which `pixels` shows as the segmenter wants them."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class OracleBox:
+class QuestionBlind(SegmenterAlone):
+    """The segmenter with its "any lesion" prompt: what a mask scores that never heard the question."""
+
+    name = "question-blind"
+
+    def mask_logits(
+        self, pixels: Float[torch.Tensor, "batch 3 side side"], samples: Sequence[Sample], images: Images
+    ) -> Float[torch.Tensor, "batch height width"]:
+        """Nothing of the samples is used."""
+        return self.segmenter.model.question_blind(pixels)
+
+
+@dataclass(frozen=True)
+class OracleBox(SegmenterAlone):
     """The segmenter prompted by the row's reference boxes: what its masks score once it is told where to look.
 
     An upper bound only as far as the segmenter heeds its box prompts, which is for the figures to say. A lesion-free
     row gets an empty mask; a question about some of the lesions gets them all. See `CoreSeg.in_boxes`. Our choice.
     """
 
-    segmenter: Segmenter
-    settings: Mapping[str, Any]
-    name: str = "oracle box"
+    name = "oracle box"
 
-    @classmethod
-    def of(cls, predictor: ModelPredictor) -> "OracleBox":
-        """The baseline from a model's own segmenter."""
-        return cls(predictor.segmenter, predictor.settings)
-
-    @torch.no_grad()
-    def predict(self, samples: Sequence[Sample], images: Images, questions: Sequence[str]) -> Sequence[Result]:
-        """See `coreseg.evaluate.Predictor`; of the samples boxes and category are used, the questions not at all."""
-        started = time.perf_counter()
-        model, processor = self.segmenter.model, self.segmenter.processor
-        pixels = torch.cat([processor.segmenter_pixels(image) for image in images])
+    def mask_logits(
+        self, pixels: Float[torch.Tensor, "batch 3 side side"], samples: Sequence[Sample], images: Images
+    ) -> Float[torch.Tensor, "batch height width"]:
+        """The samples' boxes prompt."""
         boxes = [
-            processor.segmenter_boxes(sample.boxes, (image.shape[1], image.shape[0]))
+            self.segmenter.processor.segmenter_boxes(sample.boxes, (image.shape[1], image.shape[0]))
             for sample, image in zip(samples, images, strict=True)
         ]
-        logits = model.in_boxes(pixels.to(model.device, model.dtype), boxes)
-        return answers_from_masks(samples, images, logits, started)
+        return self.segmenter.model.in_boxes(pixels, boxes)
 
 
 def answers_from_masks(

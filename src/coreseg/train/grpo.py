@@ -4,7 +4,7 @@
                L = L_policy + beta * KL(policy || start) + mask_weight * L_DiceCE
 
 Read from top to bottom: the run, the rollout (`sample`, `score`), the loss (`policy_loss`), and the trainer that ties
-them together. Everything a mask needs of the image is encoded once an image, whatever the number of completions.
+them together. What a mask needs of the image is encoded once an image and step, whatever the number of completions.
 
 Source: CORE-Seg (arXiv 2603.05911), RL-based reasoning exploration and segmentation refinement; GRPO: DeepSeekMath
 (arXiv 2402.03300); loss averages as TRL names them: Dr. GRPO (arXiv 2503.20783), DAPO (arXiv 2503.14476). Our choices
@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +36,7 @@ from coreseg.model.assemble import load_parts
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import Batch, CoreSegProcessor
 from coreseg.sam2 import FeatureMaps, encode_image
-from coreseg.train.collate import Example, Examples, stretch_mask
+from coreseg.train.collate import Draws, Example, Examples, stretch_mask
 from coreseg.train.losses import dice_ce
 from coreseg.train.rewards import Completion, Rewards, rewards
 from coreseg.train.trainer import StageTrainer, check_extra, claim, prepare, sheet
@@ -289,16 +290,21 @@ class GrpoTrainer(StageTrainer):
         needs_copy = self.settings.beta > 0 and not self.settings.lora_rank
         self._frozen_copy = copy.deepcopy(model.reasoner).requires_grad_(False).eval() if needs_copy else None
 
-    # The optimiser step's batches are fetched together, so here is where their rollouts are made.
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """The batches of one optimiser step with their rollouts, and the step's counted tokens over all processes."""
-        fetched, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [{**inputs, "batch": inputs["batch"].to(self.args.device)} for inputs in fetched]
+        """The batches of one optimiser step with their rollouts, and the step's counted tokens over all processes.
+
+        Trainer fetches them together, so this is where rollouts are made, and what frozen parts see of the pictures.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        anew = self.state.global_step % self.settings.updates == 0 or not self.rollouts
         for inputs in batches:
-            inputs["reasoner_inputs"] = self._looked_once(inputs)
-        if self.state.global_step % self.settings.updates == 0 or not self.rollouts:
+            inputs["batch"] = self._looked_at(inputs["batch"].to(self.args.device), inputs["examples"])
+            if anew or self.settings.mask_weight > 0:
+                with self._timed("masks"):
+                    inputs["maps"] = self._maps(inputs["batch"], inputs["examples"])
+        if anew:
             self.rollouts = [self._roll_out(number, inputs) for number, inputs in enumerate(batches)]
         counted = torch.tensor(sum(int(rollout.counted.sum()) for rollout in self.rollouts), device=self.args.device)
         together = [inputs | {"rollout": rollout} for inputs, rollout in zip(batches, self.rollouts, strict=True)]
@@ -309,8 +315,7 @@ class GrpoTrainer(StageTrainer):
         return sample(model, self.processor, prompts, maps, self.settings.temperature, self._limit(prompts))
 
     def _limit(self, prompts: Batch) -> int:
-        longest = max(self.processor.grammar.max_tokens(frame) for frame in prompts.frames_wh)
-        return self.settings.max_new_tokens or longest
+        return self.settings.max_new_tokens or max(map(self.processor.grammar.max_tokens, prompts.frames_wh))
 
     @torch.no_grad()
     def _roll_out(self, number: int, inputs: dict[str, Any]) -> Rollout:
@@ -318,13 +323,11 @@ class GrpoTrainer(StageTrainer):
         model, config = cast(CoreSeg, self.accelerator.unwrap_model(self.model)), self.settings
         was_training = model.training
         model.eval()  # type: ignore[no-untyped-call]
-        prompts = replace(inputs["batch"], reasoner_inputs=inputs["reasoner_inputs"])
-        with self._timed("masks"):
-            maps = self._maps(model, inputs)
+        prompts: Batch = inputs["batch"]
         with self._timed("generate"), torch.random.fork_rng(), self.accelerator.autocast():
             # By place in the run, so that a resumed run samples what an uninterrupted one would have sampled.
             torch.manual_seed(hash((config.seed, self.state.global_step, number, self.args.process_index)))
-            completions = self.sample(model, prompts, maps)
+            completions = self.sample(model, prompts, self._for_each(inputs["maps"]))
         with self._timed("rewards"):
             seen, got = score(completions, inputs["examples"], prompts, self.processor, config)
         advantages, has_spread = group_advantages(got.total, config.group_size)
@@ -365,13 +368,11 @@ class GrpoTrainer(StageTrainer):
     ) -> Any:
         """Policy, KL and mask loss of one batch of completions."""
         config, rollout = self.settings, cast(Rollout, inputs["rollout"])
-        prompts = replace(inputs["batch"], reasoner_inputs=inputs["reasoner_inputs"])
-        rows = with_completions(prompts, rollout)
+        prompts: Batch = inputs["batch"]
         wants_mask = config.mask_weight > 0
-        with self._timed("masks"):
-            maps = self._maps(cast(CoreSeg, self.accelerator.unwrap_model(model)), inputs) if wants_mask else None
         with self._timed("policy"):
-            output = model(**rows, segmenter_maps=maps)
+            maps = self._for_each(inputs["maps"]) if wants_mask else None
+            output = model(**with_completions(prompts, rollout), segmenter_maps=maps)
             log_probs, entropy = token_log_probs(output.logits, rollout.ids, config.temperature)
             if rollout.old is None:
                 rollout.old = log_probs.detach()  # this very pass is the sampling policy's
@@ -404,17 +405,21 @@ class GrpoTrainer(StageTrainer):
 
     # --- What the model sees, once a picture ---
 
-    def _looked_once(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        names = [e.picture for e in inputs["examples"] for _ in range(self.settings.group_size)]
-        return self.looked(cast(nn.Module, self.model), inputs["batch"].reasoner_inputs, names)
+    def _looked_at(self, prompts: Batch, examples: Sequence[Example]) -> Batch:
+        """The prompts, pixels replaced by what nano's tower sees in them (see `looked`)."""
+        names = [example.picture for example in examples for _ in range(self.settings.group_size)]
+        seen = self.looked(cast(nn.Module, self.model), prompts.reasoner_inputs, names)
+        return replace(prompts, reasoner_inputs=seen)
 
-    def _maps(self, model: CoreSeg, inputs: dict[str, Any]) -> FeatureMaps:
-        """The image encoder's maps, computed once a picture, for each of its completions."""
-        batch: Batch = inputs["batch"]
-        maps = self.encoded(model, batch, [e.picture for e in inputs["examples"]])
-        if maps is None:
-            with torch.no_grad():
-                maps = encode_image(model.segmenter, batch.segmenter_pixels)
+    @torch.no_grad()
+    def _maps(self, prompts: Batch, examples: Sequence[Example]) -> FeatureMaps:
+        """The image encoder's maps, one a picture."""
+        model = cast(CoreSeg, self.accelerator.unwrap_model(self.model))
+        kept = self.encoded(model, prompts, [example.picture for example in examples])
+        return kept or encode_image(model.segmenter, prompts.segmenter_pixels)
+
+    def _for_each(self, maps: FeatureMaps) -> list[torch.Tensor]:
+        """A picture's maps for each of its completions."""
         return [level.repeat_interleave(self.settings.group_size, dim=0) for level in maps]
 
     def _references(self, inputs: dict[str, Any]) -> Float[torch.Tensor, "batch side side"]:
@@ -496,8 +501,8 @@ class GrpoTrainer(StageTrainer):
     # --- A run that is stopped in the middle of a rollout ---
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[tuple[int, int]]:
-        draws = super()._get_train_sampler(*args, **kwargs)
-        return Repeated(draws, self.rows_a_step, self.settings.updates, self.settings.steps)
+        draws = cast(Draws, super()._get_train_sampler(*args, **kwargs))
+        return Repeated(draws, self.rows_a_step, self.settings.updates)
 
     def _rollout_file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"rollouts-{self.args.process_index}.pt"
@@ -516,17 +521,15 @@ class GrpoTrainer(StageTrainer):
 class Repeated(Sampler[tuple[int, int]]):
     """Draws in which each optimiser step's rows come `updates` times, once for every step that uses their rollout."""
 
-    def __init__(self, draws: Sampler[tuple[int, int]], rows_a_step: int, updates: int, steps: int) -> None:
+    def __init__(self, draws: Draws, rows_a_step: int, updates: int) -> None:
         self.draws = draws
         self.rows_a_step = rows_a_step
         self.updates = updates
-        self.steps = steps
 
     def __len__(self) -> int:
-        return self.steps * self.rows_a_step
+        return len(self.draws)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        drawn = list(self.draws)
-        for step in range(self.steps):
-            first = step // self.updates * self.rows_a_step
-            yield from drawn[first : first + self.rows_a_step]
+        drawn = iter(self.draws)
+        steps = iter(lambda: list(islice(drawn, self.rows_a_step)), [])
+        return islice((row for rows in steps for _ in range(self.updates) for row in rows), len(self))
