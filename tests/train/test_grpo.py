@@ -243,6 +243,33 @@ def test_the_first_step_starts_at_the_reference(nano: Path, phantoms: Path, tmp_
     )
 
 
+def test_bf16_starts_at_the_reference_too(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    seen: list[float] = []
+    trainer = trainer_of(settings(nano, phantoms, tmp_path / "run", precision="bf16", steps=1))
+    note = trainer.note
+    trainer.note = lambda **f: (seen.extend([float(f["kl"])] if "kl" in f else []), note(**f))[1]
+    before = weights(trainer)
+    trainer.train()
+    assert seen == [pytest.approx(0, abs=1e-6)]
+    moved = {name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved and all(torch.isfinite(trainer.model.state_dict()[name]).all() for name in moved)
+
+
+def test_boxes_that_prompt_the_decoder_prompt_it_in_the_loss_too(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    model, processor = load_parts(nano)
+    model.config.box_prompts = True
+    stages.save_checkpoint(model, processor, tmp_path / "boxes")
+    trainer = trainer_of(settings(tmp_path / "boxes", phantoms, tmp_path / "run", steps=1))
+    asked: list[Any] = []
+    decode = trainer.model.decode
+    trainer.model.decode = lambda *args: asked.append(args[3]) or decode(*args)
+    trainer.train()
+    used = asked[-1]
+    examples, frame = trainer.examples, trainer.processor.config.segmenter_size_px
+    assert [len(boxes) for boxes in used[:3]] == [len(examples[0].answer.boxes), 1, 0], "absent lesions have no mask"
+    assert used[1].tolist() == [[0.0, 0.0, frame, frame]], "a box around the whole picture, in the segmenter's square"
+
+
 def check_reference(checkpoint: Path, phantoms: Path, out: Path) -> None:
     """After some steps it still is the model that training started from, the marker's rows included."""
     trainer = trainer_of(settings(checkpoint, phantoms, out, learning_rate=1e-2))
@@ -389,34 +416,54 @@ class Killed(Exception):
 
 
 def test_a_killed_run_goes_on_as_if_never_stopped(nano: Path, phantoms: Path, tmp_path: Path) -> None:
-    """20 steps of real sampling, killed at a step drawn at random, in the middle of a rollout or not."""
+    """20 steps of real sampling, killed at a step drawn at random, and resumed in the middle of a rollout."""
     config = settings(
         nano, phantoms, tmp_path / "a", steps=20, save_every=2, max_new_tokens=8, batch_size=4, remeasure=True,
         lora_rank=0, updates=3, accumulation=2,
     )  # fmt: skip
-    train_grpo(config)
-    shutil.copytree(tmp_path / "a", tmp_path / "whole")
-    kill_at = int(np.random.default_rng().integers(3, 20))
-    shutil.rmtree(tmp_path / "a")
-    step = GrpoTrainer.training_step
+    advantages: list[float] = []
+    scored, compared = grpo.score, grpo.group_advantages
+
+    def some_reward(completions: Any, *args: Any) -> Any:
+        """Random completions are all malformed: some reward that only depends on what was written."""
+        seen, got = scored(completions, *args)
+        return seen, replace(got, total=np.array([sum(ids) % 7 for ids in completions.written], dtype=float))
+
+    def noted(*args: Any) -> Any:
+        found = compared(*args)
+        advantages.extend(found[0].abs().tolist())
+        return found
+
+    step, kills = GrpoTrainer.training_step, []
 
     def killed(self: GrpoTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == kill_at:
+        if kills and self.state.global_step == kills[0]:
+            kills.pop(0)
             raise Killed
         return step(self, *args, **kwargs)
 
+    draws = np.random.default_rng()
+    # Checkpoints after steps 2, 4, 6…, rollouts at 0, 3, 6…: a run killed in its 11th step goes on within a rollout.
+    at = sorted({int(draws.integers(3, 20)), int(draws.choice([5, 11, 15, 17]))})
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "score", some_reward)
+        patch.setattr(grpo, "group_advantages", noted)
         patch.setattr(GrpoTrainer, "training_step", killed)
-        with pytest.raises(Killed):
-            train_grpo(config)
-    train_grpo(config)
+        train_grpo(config)
+        shutil.move(tmp_path / "a", tmp_path / "whole")
+        kills += at
+        for _ in at:
+            with pytest.raises(Killed):
+                train_grpo(config)
+        train_grpo(config)
+    assert max(advantages) > 0.5
     from safetensors.torch import load_file
 
     whole, resumed = (load_file(tmp_path / name / "checkpoint-20" / "model.safetensors") for name in ("whole", "a"))
     start = load_file(tmp_path / "whole" / "checkpoint-18" / "model.safetensors")
     assert any(not torch.equal(whole[name], start[name]) for name in whole)
     for name, tensor in whole.items():
-        torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=1e-5, msg=f"{name}, killed at {kill_at}")
+        torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=1e-5, msg=f"{name}, killed at {at}")
 
 
 def test_a_run_leaves_what_people_look_at(nano: Path, phantoms: Path, tmp_path: Path) -> None:
@@ -444,7 +491,11 @@ def test_a_run_leaves_what_people_look_at(nano: Path, phantoms: Path, tmp_path: 
 
 
 def test_a_run_ends_when_its_time_is_up(nano: Path, phantoms: Path, tmp_path: Path) -> None:
-    config = settings(nano, phantoms, tmp_path / "run", steps=10_000, cpu_minutes=0.01, max_new_tokens=4)
+    # What a random model samples earns nothing; weight decay moves the weights even so.
+    config = settings(
+        nano, phantoms, tmp_path / "run", steps=10_000, cpu_minutes=0.01, max_new_tokens=4, lora_rank=0,
+        weight_decay=0.1,
+    )  # fmt: skip
     train_grpo(config)
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     minutes = json.loads((checkpoint / "clock.json").read_text(encoding="utf-8"))["minutes"]
@@ -485,6 +536,29 @@ def test_memory_does_not_grow(nano: Path, phantoms: Path, tmp_path: Path) -> Non
 def test_bad_settings(changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         settings("nano", "data", "out", **changes)
+
+
+def test_what_the_machine_cannot_do_is_refused_before_anything_is_loaded(
+    nano: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(nano, phantoms, tmp_path / "run", steps=1, max_new_tokens=4)
+    train_grpo(config)
+    monkeypatch.setattr(core_seg.CoreSeg, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="precision is 'fp16', which needs a GPU"):
+        train_grpo(replace(config, out=str(tmp_path / "other"), precision="fp16"))
+    with pytest.raises(ConfigError, match="steps was 1, is 2"):
+        train_grpo(replace(config, steps=2))
+    monkeypatch.setattr(stages.TrainingArguments, "n_gpu", property(lambda _: 2))
+    with pytest.raises(ConfigError, match="one process sees 2 GPUs"):
+        train_grpo(config)
+    monkeypatch.setattr(stages.TrainingArguments, "n_gpu", property(lambda _: 1))
+    monkeypatch.setattr(stages.TrainingArguments, "world_size", property(lambda _: 2))
+    with pytest.raises(ConfigError, match="a run of 1 processes, here are 2"):
+        train_grpo(config)
+    with pytest.raises(ConfigError, match=r"cpu_minutes is 1\.0 with 2 processes"):
+        train_grpo(replace(config, out=str(tmp_path / "other"), cpu_minutes=1.0))
+    assert not (tmp_path / "other").exists()
 
 
 def test_bad_checkpoints_and_sets_are_refused_before_anything_is_loaded(

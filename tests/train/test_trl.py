@@ -14,7 +14,6 @@ from scripted import settings, trainer_of
 
 from coreseg.train.grpo import GrpoTrainer, Rollout, with_completions
 
-pytest.importorskip("trl", reason="TRL is installed with the extra [test]")
 ACCUMULATION = 2
 LONGEST = 160
 

@@ -14,11 +14,10 @@ policy's own pass, so that it reaches the language model too. See docs/method.md
 """
 
 import copy
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -31,20 +30,18 @@ from torch.utils.data import Sampler
 
 from coreseg.config import GrpoConfig
 from coreseg.errors import DataError, TrainingError
-from coreseg.imaging import overlay
 from coreseg.model.assemble import load_parts
-from coreseg.model.core_seg import CoreSeg
+from coreseg.model.core_seg import Boxes, CoreSeg
 from coreseg.model.processor import Batch, CoreSegProcessor
 from coreseg.sam2 import FeatureMaps, encode_image
+from coreseg.train import samples
 from coreseg.train.collate import Draws, Example, Examples, stretch_mask
 from coreseg.train.losses import dice_ce
 from coreseg.train.rewards import Completion, Rewards, rewards
-from coreseg.train.trainer import StageTrainer, check_extra, claim, prepare, sheet
+from coreseg.train.trainer import StageTrainer, check, claim, prepare
 
 NO_SPREAD = 1e-6
 """A group whose rewards deviate by less has nothing to prefer."""
-MASK_SPREAD = 0.05
-"""A group's segment rewards must differ by more for the masks to teach anything."""
 STABILISER = 1e-4
 """Added to a group's standard deviation, as in TRL."""
 LARGEST_LOG_RATIO = 20.0
@@ -57,7 +54,7 @@ def train_grpo(config: GrpoConfig) -> Path:
     Resumed and refused as `coreseg.train.sft.train_sft`. Raises DataError for data sets without any lesion to train
     on, TrainingError where the loss stops being a number.
     """
-    check_extra()
+    check(config)
     examples, validation = Examples.open(config, "train"), Examples.open(config, "val")
     if not any(sample.boxes for _, sample in examples.rows):
         raise DataError(
@@ -106,6 +103,12 @@ class Completions:
     ended: Bool[torch.Tensor, " batch"]
     mask_logits: list[Float[torch.Tensor, "_ _"] | None]
 
+    @property
+    def written(self) -> list[list[int]]:
+        """Each completion's own tokens, without the end of text."""
+        lengths = self.real.sum(1) - self.ended.long()
+        return [ids[:length] for ids, length in zip(self.ids.tolist(), lengths.tolist(), strict=True)]
+
 
 def sample(
     model: CoreSeg,
@@ -151,11 +154,10 @@ def score(
 ) -> tuple[list[Completion], Rewards]:
     """Completions as the rewards see them, in the pictures' own pixels, and the rewards."""
     seen = []
-    for row, (ids, real) in enumerate(zip(completions.ids.tolist(), completions.real.sum(1).tolist(), strict=True)):
+    for row, ids in enumerate(completions.written):
         example = examples[row // config.group_size]
         size_hw = example.image.shape[:2]
-        written = ids[: real - 1] if completions.ended[row] else ids[:real]
-        answer = processor.read(processor.decode(written), prompts.frames_wh[row], size_hw[::-1])
+        answer = processor.read(processor.decode(ids), prompts.frames_wh[row], size_hw[::-1])
         logits, mask = completions.mask_logits[row], np.zeros(size_hw, bool)
         if answer is not None and answer.found and logits is not None:
             mask = processor.mask_from_logits(logits, size_hw)
@@ -183,6 +185,7 @@ class Rollout:
 
     old: log-probabilities under the policy that sampled; None until that policy's first pass has given them.
     reference: those under the model that training started from; None without a KL term.
+    boxes: the completions' own, as `CoreSeg.decode` wants them; None where they do not prompt the mask decoder.
     """
 
     ids: Int[torch.Tensor, "batch tokens"]
@@ -191,6 +194,7 @@ class Rollout:
     advantages: Float[torch.Tensor, " batch"]
     old: Float[torch.Tensor, "batch tokens"] | None = None
     reference: Float[torch.Tensor, "batch tokens"] | None = None
+    boxes: Boxes | None = None
 
 
 def with_completions(prompts: Batch, rollout: Rollout) -> dict[str, Any]:
@@ -335,12 +339,21 @@ class GrpoTrainer(StageTrainer):
         if config.mask_truncated_completions:
             counted = counted & completions.ended[:, None]
         rollout = Rollout(completions.ids, completions.real, counted, advantages.to(counted.device))
+        if model.config.box_prompts:
+            rollout.boxes = self.processor.read_boxes(completions.written, prompts.frames_wh)
         if config.beta > 0:
             with self._timed("reference"):
                 rollout.reference = self._reference_log_probs(model, with_completions(prompts, rollout), rollout.ids)
-        self._note_rollout(completions, seen, got, has_spread)
-        if number == 0 and config.samples_every and self.state.global_step % config.samples_every == 0:
-            self._write_samples(completions, seen, got, inputs["examples"][0])
+        self.note(
+            completion_tokens=completions.real.sum(1).float().mean(),
+            truncated=1 - completions.ended.float().mean(),
+            **samples.figures(seen, got, has_spread, config.group_size),
+        )
+        at_its_turn = config.samples_every and self.state.global_step % config.samples_every == 0
+        if number == 0 and at_its_turn and self.is_world_process_zero():
+            texts = [self.processor.decode(ids) for ids in completions.written[: config.group_size]]
+            folder, step = Path(config.out) / "samples", self.state.global_step
+            samples.write_page(folder, step, inputs["examples"][0], texts, seen, got)
         model.train(was_training)
         return rollout
 
@@ -372,7 +385,11 @@ class GrpoTrainer(StageTrainer):
         wants_mask = config.mask_weight > 0
         with self._timed("policy"):
             maps = self._for_each(inputs["maps"]) if wants_mask else None
-            output = model(**with_completions(prompts, rollout), segmenter_maps=maps)
+            output = model(
+                **with_completions(prompts, rollout),
+                segmenter_maps=maps,
+                segmenter_boxes=rollout.boxes,
+            )
             log_probs, entropy = token_log_probs(output.logits, rollout.ids, config.temperature)
             if rollout.old is None:
                 rollout.old = log_probs.detach()  # this very pass is the sampling policy's
@@ -427,62 +444,7 @@ class GrpoTrainer(StageTrainer):
         masks = torch.stack([stretch_mask(e.mask, side).float() for e in inputs["examples"]])
         return masks.repeat_interleave(self.settings.group_size, dim=0).to(self.args.device)
 
-    # --- What people look at ---
-
-    def _note_rollout(
-        self,
-        completions: Completions,
-        seen: Sequence[Completion],
-        got: Rewards,
-        has_spread: Bool[np.ndarray, " groups"],
-    ) -> None:
-        of_masks = got.segment.reshape(-1, self.settings.group_size)
-        boxes = [len(c.answer.boxes) for c in seen if c.answer is not None]
-        self.note(
-            reward=float(got.total.mean()),
-            **{f"reward_{name}": float(getattr(got, name).mean()) for name in ("format", "detect", "segment")},
-            valid=float(np.mean([c.answer is not None for c in seen])),
-            zero_variance=1 - float(has_spread.mean()),
-            mask_spread=float((np.ptp(of_masks, axis=1) > MASK_SPREAD).mean()),
-            completion_tokens=float(completions.real.sum(1).float().mean()),
-            truncated=1 - float(completions.ended.float().mean()),
-            boxes=float(np.mean(boxes)) if boxes else 0.0,
-            mask_share=float(np.mean([c.mask.mean() for c in seen])),
-        )
-        if self.settings.reward.faithfulness_weight:
-            self.note(reward_faithfulness=float(got.faithfulness.mean()))
-
-    def _write_samples(
-        self, completions: Completions, seen: Sequence[Completion], got: Rewards, example: Example
-    ) -> None:
-        """The first group's completions as a page of Markdown with their masks, and as a line of JSON."""
-        if not self.is_world_process_zero():
-            return
-        folder, step = Path(self.settings.out) / "samples", self.state.global_step
-        folder.mkdir(parents=True, exist_ok=True)
-        group = range(self.settings.group_size)
-        texts = [self.processor.decode(completions.ids[row][completions.real[row]].tolist()) for row in group]
-        figures = [{name: round(float(values[row]), 3) for name, values in asdict(got).items()} for row in group]
-        boxes = [seen[row].answer.boxes if seen[row].answer else () for row in group]  # type: ignore[union-attr]
-        panels = [
-            overlay(
-                example.image,
-                seen[row].mask,
-                np.array(boxes[row], dtype=np.int64).reshape(-1, 4),
-                reference=example.mask,
-            )
-            for row in group
-        ]
-        sheet(panels).save(folder / f"step-{step:06d}.png")
-        lines = [f"# Step {step}: {example.question}", "", f"![masks](step-{step:06d}.png)", ""]
-        lines += ["| format | detect | segment | faithfulness | total | completion |", "|---|---|---|---|---|---|"]
-        for text, each in zip(texts, figures, strict=True):
-            shown = text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
-            lines.append("| " + " | ".join([*map(str, each.values()), shown]) + " |")
-        (folder / f"step-{step:06d}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        line = {"step": step, "question": example.question, "completions": texts, "rewards": figures}
-        with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    # --- How long it takes ---
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -23,7 +23,7 @@ from coreseg.model.core_seg import CoreSeg, fresh_adapter
 from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
 from coreseg.train.collate import Draws, Example, Examples, stretch_mask
 from coreseg.train.losses import dice_ce
-from coreseg.train.trainer import StageTrainer, check_extra, claim, last_checkpoint, prepare
+from coreseg.train.trainer import StageTrainer, check, claim, last_checkpoint, prepare
 
 USUAL_TOKENS = 100
 """About the length of an answer, so that the text loss has the size of a mean over tokens."""
@@ -40,7 +40,7 @@ def train_sft(config: SftConfig) -> Path:
     where the folder belongs to other settings, DataError for data sets without training rows, MissingExtraError
     without the training libraries.
     """
-    check_extra()
+    check(config)
     examples, validation = Examples.open(config, "train"), Examples.open(config, "val")
     torch.manual_seed(config.seed)
     model, processor = load_parts(config.model)

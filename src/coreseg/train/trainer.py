@@ -43,11 +43,23 @@ SETTINGS_FILE = "settings.toml"
 CLOCK_FILE = "clock.json"
 
 
-def check_extra() -> None:
-    """Raises MissingExtraError where a library of the extra is not installed."""
+def check(config: StageConfig) -> None:
+    """Refuse before any model is loaded what can be refused then.
+
+    Raises MissingExtraError where a library of the extra is not installed, ConfigError for settings that do not suit
+    this machine or the run folder as it stands.
+    """
     missing = [name for name in ("accelerate", "monai", "peft", "tensorboard") if find_spec(name) is None]
     if missing:
         raise MissingExtraError(f"training needs {', '.join(missing)}; in a clone: pip install '.[train]'")
+    arguments, out = training_arguments(config), Path(config.out)
+    _check_same_settings(out, config)
+    last = last_checkpoint(out)
+    if last and (before := _clock(last)["processes"]) != arguments.world_size:
+        raise ConfigError(
+            f"{out} holds a run of {before} processes, here are {arguments.world_size}, among which its rows would be "
+            f"dealt otherwise; go on with {before}, or give another `out`"
+        )
 
 
 def prepare(model: CoreSeg, config: StageConfig) -> None:
@@ -159,7 +171,7 @@ class StageTrainer(Trainer):
         """Train from the run's last checkpoint, or from the start, and return the run folder, which holds `best/`."""
         out = Path(self.settings.out)
         last = last_checkpoint(out)
-        if last and self.settings.cpu_minutes and _spent(last) >= self.settings.cpu_minutes:
+        if last and self.settings.cpu_minutes and _clock(last)["minutes"] >= self.settings.cpu_minutes:
             self._load_from_checkpoint(str(last))
         else:
             self.train(resume_from_checkpoint=str(last) if last else None)
@@ -264,12 +276,15 @@ class StageTrainer(Trainer):
         """What a resumed run needs to know beyond weights and optimiser, in files that Trainer does not know of."""
         super()._save_rng_state(output_dir)
         if self.is_world_process_zero():
-            (Path(output_dir) / CLOCK_FILE).write_text(json.dumps({"minutes": self.clock.minutes}))
+            clock = {"minutes": self.clock.minutes, "processes": int(self.args.world_size)}
+            (Path(output_dir) / CLOCK_FILE).write_text(json.dumps(clock))
+        # Trainer's state, written next, says that the checkpoint is whole: then every process's part has to be there.
+        self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint:
-            self.clock.minutes = _spent(Path(checkpoint))
+            self.clock.minutes = _clock(Path(checkpoint))["minutes"]
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that left weights as they were; Trainer would only warn, and train on from there."""
@@ -297,7 +312,10 @@ class StageTrainer(Trainer):
 
 
 def training_arguments(config: StageConfig) -> TrainingArguments:
-    """The run's settings in Trainer's words. Raises ConfigError where one process would meet several GPUs."""
+    """The run's settings in Trainer's words. Raises ConfigError where they do not suit the machine."""
+    has_gpu = torch.accelerator.is_available()
+    if config.precision == "fp16" and not has_gpu:
+        raise ConfigError("setting precision is 'fp16', which needs a GPU, and none is seen; use bf16 or fp32")
     arguments = TrainingArguments(
         output_dir=config.out,
         max_steps=config.steps,
@@ -311,6 +329,7 @@ def training_arguments(config: StageConfig) -> TrainingArguments:
         save_total_limit=2,
         logging_steps=10,
         report_to=["tensorboard"],
+        use_cpu=not has_gpu,
         bf16=config.precision == "bf16",
         fp16=config.precision == "fp16",
         dataloader_num_workers=config.workers,
@@ -415,7 +434,17 @@ def save_checkpoint(model: CoreSeg, processor: CoreSegProcessor, path: Path) -> 
 def claim(config: StageConfig) -> Path:
     """The run folder, holding these settings. Raises ConfigError where it holds others."""
     out = Path(config.out)
+    _check_same_settings(out, config)
     out.mkdir(parents=True, exist_ok=True)
+    file = out / SETTINGS_FILE
+    # Several processes write the same; after a rename nobody reads half of it.
+    part = file.with_suffix(f".{os.getpid()}.part")
+    settings_files.save(config, part)
+    part.replace(file)
+    return out
+
+
+def _check_same_settings(out: Path, config: StageConfig) -> None:
     file = out / SETTINGS_FILE
     if file.exists() and (old := _settings_of(file, type(config))) != config:
         changed = [name for name in asdict(config) if getattr(old, name) != getattr(config, name)]
@@ -424,11 +453,6 @@ def claim(config: StageConfig) -> Path:
             f"{out} holds a run with other settings ({what}); give another `out` (to train further, with that run as "
             "`model`), or delete that folder"
         )
-    # Several processes write the same; after a rename nobody reads half of it.
-    part = file.with_suffix(f".{os.getpid()}.part")
-    settings_files.save(config, part)
-    part.replace(file)
-    return out
 
 
 def _settings_of(file: Path, kind: type[StageConfig]) -> StageConfig:
@@ -445,6 +469,7 @@ def last_checkpoint(out: Path) -> Path | None:
     return max(written, key=lambda path: int(path.name.split("-")[1])) if written else None
 
 
-def _spent(checkpoint: Path) -> float:
-    """Processor minutes that a run had spent when it wrote this checkpoint."""
-    return float(json.loads((checkpoint / CLOCK_FILE).read_text())["minutes"])
+def _clock(checkpoint: Path) -> dict[str, Any]:
+    """The processor minutes that a run had spent when it wrote this checkpoint, and its number of processes."""
+    clock: dict[str, Any] = json.loads((checkpoint / CLOCK_FILE).read_text())
+    return clock
