@@ -466,6 +466,22 @@ def test_a_killed_run_goes_on_as_if_never_stopped(nano: Path, phantoms: Path, tm
         torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=1e-5, msg=f"{name}, killed at {at}")
 
 
+def test_a_resumed_run_tells_nothing_twice(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    config = settings(
+        nano, phantoms, tmp_path / "run", steps=4, save_every=2, eval_samples=1, eval_every=1, samples_every=1,
+        max_new_tokens=4,
+    )  # fmt: skip
+    run = train_grpo(config)
+    journals = [run / "validation.jsonl", run / "samples" / "samples.jsonl"]
+    told = [[json.loads(line)["step"] for line in file.read_text(encoding="utf-8").splitlines()] for file in journals]
+    assert told == [[1, 2, 3, 4], [0, 1, 2, 3]]
+    shutil.rmtree(run / "checkpoint-4")
+    with journals[0].open("a", encoding="utf-8") as file:
+        file.write('{"step": 5, "di')
+    train_grpo(config)
+    assert [[json.loads(line)["step"] for line in f.read_text(encoding="utf-8").splitlines()] for f in journals] == told
+
+
 def test_a_run_leaves_what_people_look_at(nano: Path, phantoms: Path, tmp_path: Path) -> None:
     config = settings(
         nano, phantoms, tmp_path / "run", steps=2, eval_samples=2, eval_every=2, samples_every=1, max_new_tokens=12,

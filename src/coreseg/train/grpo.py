@@ -38,7 +38,7 @@ from coreseg.train import samples
 from coreseg.train.collate import Draws, Example, Examples, stretch_mask
 from coreseg.train.losses import dice_ce
 from coreseg.train.rewards import Completion, Rewards, rewards
-from coreseg.train.trainer import StageTrainer, check, claim, prepare
+from coreseg.train.trainer import SAMPLES_FOLDER, StageTrainer, check, claim, prepare
 
 NO_SPREAD = 1e-6
 """A group whose rewards deviate by less has nothing to prefer."""
@@ -352,7 +352,7 @@ class GrpoTrainer(StageTrainer):
         at_its_turn = config.samples_every and self.state.global_step % config.samples_every == 0
         if number == 0 and at_its_turn and self.is_world_process_zero():
             texts = [self.processor.decode(ids) for ids in completions.written[: config.group_size]]
-            folder, step = Path(config.out) / "samples", self.state.global_step
+            folder, step = Path(config.out) / SAMPLES_FOLDER, self.state.global_step
             samples.write_page(folder, step, inputs["examples"][0], texts, seen, got)
         model.train(was_training)
         return rollout

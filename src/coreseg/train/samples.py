@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from coreseg.imaging import overlay
 from coreseg.train.collate import Example
 from coreseg.train.rewards import Completion, Rewards
-from coreseg.train.trainer import sheet
+from coreseg.train.trainer import SAMPLES_FILE, sheet
 
 MASK_SPREAD = 0.05
 """A group's segment rewards must differ by more for the masks to teach anything."""
@@ -56,5 +56,5 @@ def write_page(
         lines.append("| " + " | ".join([*map(str, each.values()), shown]) + " |")
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     line = {"step": step, "question": example.question, "completions": list(texts), "rewards": rewards}
-    with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+    with (folder / SAMPLES_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

@@ -41,6 +41,8 @@ from coreseg.train.collate import Draws, Examples
 
 SETTINGS_FILE = "settings.toml"
 CLOCK_FILE = "clock.json"
+VALIDATION_FILE = "validation.jsonl"
+SAMPLES_FOLDER, SAMPLES_FILE = "samples", "samples.jsonl"
 
 
 def check(config: StageConfig) -> None:
@@ -360,6 +362,16 @@ class Watch(TrainerCallback):
         best = Path(self.config.out) / "best" / "figures.json"
         self.best = json.loads(best.read_text())["score"] if best.exists() else -1.0
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What a resumed run had written after its checkpoint it will write again."""
+        if state.is_world_process_zero:
+            out, step = Path(self.config.out), state.global_step
+            _keep_before(step + 1, out / VALIDATION_FILE)
+            # Samples are named by the step that they are drawn for.
+            _keep_before(step, out / SAMPLES_FOLDER / SAMPLES_FILE)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Validates at its turn and at the end."""
         if self.config.cpu_minutes and self.clock.minutes >= self.config.cpu_minutes:
@@ -377,7 +389,7 @@ class Watch(TrainerCallback):
         figures, panels = self._look(model.eval())  # type: ignore[no-untyped-call]
         model.train(was_training)
         folder = Path(self.config.out)
-        with (folder / "validation.jsonl").open("a", encoding="utf-8") as file:
+        with (folder / VALIDATION_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "cpu_minutes": minutes, **figures}) + "\n")
         self.trainer.note(**{f"eval_{name}": value for name, value in figures.items()})
         print(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
@@ -405,6 +417,13 @@ class Watch(TrainerCallback):
         learnt = ["dice", "detect"] if self.config.mask_weight > 0 else ["detect"]
         figures["score"] = _mean([figures[name] for name in learnt])
         return figures, [overlay(e.image, r.mask, r.boxes, reference=e.mask) for r, e in pairs[:12]]
+
+
+def _keep_before(step: int, file: Path) -> None:
+    """Drop later lines of JSON, and a last one that was cut short."""
+    if file.exists():
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        file.write_text("".join(line for line in lines if json.loads(line)["step"] < step), encoding="utf-8")
 
 
 def _mean(values: Sequence[float]) -> float:
