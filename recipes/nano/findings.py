@@ -1,0 +1,91 @@
+"""What stage 2 earned: the arms of `recipes/nano/arms` side by side, and each claim with its interval and a verdict.
+
+python recipes/nano/findings.py FOLDER [--start EVALUATION]
+
+FOLDER has an evaluation for each arm and seed, ARM-SEED or ARM-SEED/evaluation; START is that of the model they all
+began with. Figures in %: the mean over seeds, their least and greatest in brackets. Differences: paired by question,
+intervals over seeds and cases (`coreseg compare`). A claim that an arm is better than another is *reproduced* where the
+interval lies on its side of 0, *contradicted at this size* where it lies on the other, else *not distinguishable*.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coreseg.evaluate.compare import Run, compare, matched, read_side
+from coreseg.evaluate.records import summarise
+
+FIGURES = {
+    "mDice": ("pooled", "dice"),
+    "macro mDice": ("macro", "dice"),
+    "detect": ("pooled", "detect"),
+    "macro detect": ("macro", "detect"),
+    "fails": ("pooled", "failure"),
+    "specificity": ("presence", "specificity"),
+    "attribute mDice": ("attributes", "dice"),
+    "attribute gain": ("attributes", "gain"),
+}
+CLAIMS = {
+    "stage 2 beats going on with stage 1": ("sft", "grpo"),
+    "the rewards earn it, not the mask loss alone": ("no-advantage", "grpo"),
+    "the mask loss is needed beside the rewards": ("no-mask-loss", "grpo"),
+    "rewards alone beat going on with stage 1": ("sft", "no-mask-loss"),
+}
+DIFFERENCES = {name: place for name, place in FIGURES.items() if name != "specificity"} | {
+    "specificity": ("lesion_free", "specificity")
+}
+VERDICTS = {
+    "B better": "reproduced",
+    "A better": "contradicted at this size",
+    "not distinguishable": "not distinguishable",
+}
+
+
+def evaluations(folder: Path) -> dict[str, list[Path]]:
+    """The evaluation folders of each arm, by seed."""
+    found = defaultdict(list)
+    for path in sorted(folder.iterdir()):
+        inner = path / "evaluation" if (path / "evaluation").is_dir() else path
+        if any((inner / name).is_file() for name in ("records.jsonl", "records.jsonl.gz")):
+            found[path.name.rsplit("-", 1)[0]].append(inner)
+    return dict(found)
+
+
+def row(name: str, runs: Sequence[Run]) -> str:
+    """An arm's line of the table."""
+    summaries: list[dict[str, Any]] = [summarise(run.records) for run in runs]
+    cells = []
+    for block, figure in FIGURES.values():
+        values = [summary[block][figure]["mean"] for summary in summaries]
+        spread = f" [{min(values):.1f}, {max(values):.1f}]" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):.1f}{spread}")
+    return f"| {name} ({len(runs)}) | " + " | ".join(cells) + " |"
+
+
+def told(name: str, figures: dict[str, Any]) -> str:
+    """One difference in words."""
+    span = f"{figures['difference']:+.1f} [{figures['low']:+.1f}, {figures['high']:+.1f}]"
+    return f"| {name} | {span} | {VERDICTS[figures['verdict']]} |"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--start", type=Path)
+    options = parser.parse_args()
+    arms = {name: read_side(name, folders) for name, folders in evaluations(options.folder).items()}
+    print("| arm (seeds) | " + " | ".join(FIGURES) + " |\n" + "|---" * (len(FIGURES) + 1) + "|")
+    if options.start:
+        print(row("start", read_side("start", [options.start])))
+    for name, runs in arms.items():
+        print(row(name, runs))
+    for claim, (a, b) in CLAIMS.items():
+        if a in arms and b in arms:
+            compared = compare(matched(arms[a], arms[b]))
+            print(f"\n**{claim}** ({b} less {a})\n\n| | difference | verdict |\n|---|---|---|")
+            for name, (block, figure) in DIFFERENCES.items():
+                print(told(name, compared[block][figure]))
