@@ -4,7 +4,6 @@ Our choice: the layouts that most public sets come in (`coreseg.data.folders`).
 """
 
 import json
-import os
 import re
 import shutil
 import zlib
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from coreseg.data.check import case_leaks
 from coreseg.data.folders import Found, Picture, Refusal, find_pictures, with_splits
-from coreseg.data.store import SPLITS, LesionSet, write_set
+from coreseg.data.store import SPLITS, LesionSet, new_set, write_set
 from coreseg.errors import DataError, InputError
 from coreseg.imaging import read_header, read_image, read_mask, write_mask
 from coreseg.masks import box_tuples, mask_to_boxes
@@ -92,14 +91,10 @@ def import_folder(
     """
     if not 0 <= val_share < 1:
         raise DataError(f"The share of val is {val_share}: expected from 0 to under 1, such as 0.15.")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise DataError(f"{destination}: already there and not empty; nothing in it is touched. Choose a new folder.")
     facts = {"modality": modality, "anatomy": anatomy, "category": category, "licence": licence}
     found = find_pictures(source, facts, name, case_pattern)
     pictures = with_splits(found.pictures, val_share, seed)
-    # Beside the destination, so that a failed import leaves nothing and a finished one is only moved.
-    staging = destination.absolute().with_name(f".{destination.absolute().name}.importing-{os.getpid()}")
-    try:
+    with new_set(destination) as staging:
         writer = _Writer(staging, seed, describe or _measured_description())
         shown = tqdm(pictures, desc=f"Importing {source.name}", unit="image", disable=not progress)
         samples = [sample for picture in shown for sample in writer.write(picture)]
@@ -108,13 +103,6 @@ def import_folder(
             raise DataError(_nothing_imported(source, found, refused))
         write_set(staging, samples)
         _write_sources(staging, found)
-        destination.mkdir(exist_ok=True)
-        for path in staging.iterdir():
-            path.rename(destination / path.name)
-    except OSError as error:
-        raise DataError(f"{destination}: the set cannot be written ({error}). Check space and permissions.") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return ImportReport(
         root=destination,
         rows=len(samples),
@@ -160,8 +148,6 @@ class _Writer:
         self._root, self._seed, self._describe = root, seed, describe
         self.refused: list[Refusal] = []
         self._names: Counter[str] = Counter()
-        (root / "images").mkdir(parents=True)
-        (root / "masks").mkdir()
 
     def write(self, picture: Picture) -> list[Sample]:
         """The rows of one picture, one a category; none where it cannot be read."""

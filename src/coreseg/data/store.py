@@ -11,7 +11,10 @@ Source: our choice (the paper's metadata per sample, plus source, licence, case 
 """
 
 import json
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -56,7 +59,7 @@ class LesionSet:
             raise DataError(
                 f"{metadata}: the file has no rows. Expected one JSON object a line: import the data again."
             )
-        samples = tuple(_parse_row(line, f"{metadata} row {number}") for number, line in rows)
+        samples = tuple(parse_row(line, f"{metadata} row {number}") for number, line in rows)
         _refuse_repeats(samples, [number for number, _ in rows], metadata)
         return cls(root, samples)
 
@@ -102,6 +105,30 @@ class LesionSet:
         return path
 
 
+@contextmanager
+def new_set(destination: Path) -> Iterator[Path]:
+    """A folder to make a data set in, with `images/` and `masks/`, which takes the destination's place at the end.
+
+    It lies beside the destination, so that a failure leaves nothing behind and a finished set is only moved.
+
+    Raises DataError where the destination is not empty, or where it cannot be written.
+    """
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise DataError(f"{destination}: already there and not empty; nothing in it is touched. Choose a new folder.")
+    staging = destination.absolute().with_name(f".{destination.absolute().name}.making-{os.getpid()}")
+    try:
+        for folder in ("images", "masks"):
+            (staging / folder).mkdir(parents=True)
+        yield staging
+        destination.mkdir(exist_ok=True)
+        for path in staging.iterdir():
+            path.rename(destination / path.name)
+    except OSError as error:
+        raise DataError(f"{destination}: the set cannot be written ({error}). Check space and permissions.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 def write_set(root: Path, samples: Sequence[Sample]) -> None:
     """Write `metadata.jsonl` for pictures that are already in `root`, replacing one that is there.
 
@@ -109,7 +136,7 @@ def write_set(root: Path, samples: Sequence[Sample]) -> None:
     """
     lines = [json.dumps(asdict(sample), ensure_ascii=False) for sample in samples]
     for number, line in enumerate(lines, start=1):
-        _parse_row(line, f"{root / METADATA} row {number}")
+        parse_row(line, f"{root / METADATA} row {number}")
     _refuse_repeats(samples, range(1, len(samples) + 1), root / METADATA)
     (root / METADATA).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
@@ -121,7 +148,8 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}: the file cannot be read as UTF-8 text ({error}). Import the data again.") from error
 
 
-def _parse_row(line: str, where: str) -> Sample:
+def parse_row(line: str, where: str) -> Sample:
+    """One line of `metadata.jsonl`; other fields than a row's are passed over. Raises DataError, beginning `where`."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
