@@ -4,20 +4,8 @@ import numpy as np
 import pytest
 
 from coreseg.masks import label_lesions, smallest_lesion_px
-from coreseg.statements import (
-    _LEXICON,
-    KINDS,
-    VALUES,
-    accepted,
-    accepted_all,
-    contradict,
-    find,
-    find_all,
-    holds,
-    measure,
-    measure_all,
-    word,
-)
+from coreseg.sentences import _LEXICON, KINDS, VALUES, contradict, find, find_all, word
+from coreseg.statements import accepted, accepted_all, holds, measure, measure_all
 from coreseg.testing import phantom
 
 

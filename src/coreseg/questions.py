@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int, UInt8
 from scipy import ndimage
 
 from coreseg.masks import label_lesions, smallest_lesion_px
-from coreseg.statements import pick
+from coreseg.sentences import pick
 from coreseg.types import MAX_BOXES
 
 _TEMPLATES = (

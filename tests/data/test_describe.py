@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from coreseg.data.build.describe import _HEALTHY, _PICTURES, describe
-from coreseg.statements import find_all, holds, measure_all
+from coreseg.sentences import find_all
+from coreseg.statements import holds, measure_all
 from coreseg.testing import LOOKS, Phantom, phantom
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from coreseg.config import RewardSettings
 from coreseg.masks import box_tuples, mask_to_boxes, tight_box
 from coreseg.metrics import box_iou, dice
-from coreseg.statements import find_all, measure_all
+from coreseg.sentences import find_all
+from coreseg.statements import measure_all
 from coreseg.testing import phantom
 from coreseg.train.rewards import (
     Completion,

@@ -27,7 +27,7 @@ from coreseg.evaluate.records import Record, figure
 from coreseg.evaluate.report import cell, new_table
 from coreseg.evaluate.run import Ask, Evaluation, mask_of, scored
 from coreseg.metrics import Boxes, detect_score, dice
-from coreseg.statements import contradict
+from coreseg.sentences import contradict
 from coreseg.types import Result
 
 VARIANTS = {

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from coreseg.questions import plural, with_article
-from coreseg.statements import measure_all, pick, word
+from coreseg.sentences import pick, word
+from coreseg.statements import measure_all
 
 _PICTURES: Mapping[str, str] = {
     "ct": "a CT scan",
