@@ -1,8 +1,8 @@
 """Sentences about a lesion: statements put into words, found again in text, and turned into their opposites.
 
-Eight kinds of statement, each with a few values (`VALUES`); `coreseg.statements` measures them. What is read here is free
-English as in reports: side and place are those of the picture, so that a side or a place of the body ("left breast",
-"lower lobe") is no statement, nor is anything about healthy tissue or right behind a negation.
+Eight kinds of statement, each with a few values (`VALUES`); `coreseg.statements` measures them. What is read here is
+free English as in reports: side and place are those of the picture, so that a side or a place of the body ("left
+breast", "lower lobe") is no statement, nor is anything about healthy tissue or right behind a negation.
 
 Source: our choice throughout.
 """
@@ -32,16 +32,55 @@ KINDS = tuple(VALUES)
 _ORGANS = "lobe|lung|breast|kidney|ventricle|atrium|hemisphere|eye|eyelid|lip|limb|arm|leg|jaw|pole|abdomen"
 _BODY = rf"(?! (?:upper |middle |lower )?(?:{_ORGANS})s?\b)"
 _THING = r"(?! (?:bowel|intestine|vessel|artery|arteries|vein|airway)s?\b)"
-_PICTURE = r"of (?:the|this) (?:image|picture)"
-_PART = rf"(?: hand)? (?:side|part|half|third|edge|border|corner|quadrant|area|region|{_PICTURE})"
+_FRAME = r"(?:image|picture|frame|photograph|photo|slice|scan|film|field of view|field)"
+_PICTURE = rf"of (?:the|this) {_FRAME}"
+_PART = rf"(?: hand)? (?:side|part|half|third|edge|border|margin|corner|quadrant|area|region|{_PICTURE})"
 _TOWARDS = r"(?:on|to|towards?|at) the (?:far |upper |lower )?"
-_BORDER = r"(?:[\w-]+ ){0,2}(?:edge|border|margin|outline|contour|boundary|boundarie)s?"
-_NO_COUNT = r"(?! (?:side|of|half|third|edge|end|part|another|is|that|which|can|would)\b)"
+_MIDDLE = r"(?:(?:the )?(?:centre|center|midline|middle))"
+_MID_HEIGHT = "(?:(?:mid|middle|half) height|half ?way (?:up|down))"
+_BORDER = r"(?:[\w-]+ ){0,2}(?:edge|border|margin|outline|contour|boundary|boundarie|rim)s?"
+_LOOKS = rf"{_BORDER} (?:is|are|looks?|appears?|seems?|remains?) (?:(?!not |no |never )\w+ ){{0,2}}"
+_INTERIOR = (
+    r"(?:texture|interior|inside|architecture|content|echoe?|echotexture|signal|structure|floor|colour|pigment)s?"
+)
+# A part of a lesion that is darker or brighter than the rest of it: that is its texture.
+_INNER = r"(?! (?:\w+ )?(?:rim|centre|center|core|pocket|speck|spot|dot|floor|component|strand|septa|cavity)s?\b)"
+_LESION = (
+    r"(?:lesion|mass|nodule|focus|region|area|spot|patch|ulcer|wound|polyp|opacity|tumou?r|cyst|bleed|haemorrhage|"
+    r"infarct|scar|deposit|collection|shadow)"
+)
 
 
 def _one_side(side: str) -> str:
-    return rf"{side}{_PART}|{_TOWARDS}{side}{_BODY}|(?:upper|lower|top|bottom|middle|mid) {side}{_BODY}|{side}most"
+    return (
+        rf"{side}{_PART}|{_TOWARDS}{side}{_BODY}|(?:upper|lower|top|bottom|middle|mid) {side}{_BODY}|{side}most|"
+        rf"{side} of {_MIDDLE}"
+    )
 
+
+def _one_end(word: str, end: str) -> str:
+    zone = r"(?:part|half|third|quarter|area|region|zone|quadrant|corner|left|right)s?"
+    return (
+        rf"{word}(?:most)? (?:(?:left|right|central) )?(?:{zone}|(?:edge|margin) {_PICTURE}){_BODY}|"
+        rf"(?:very )?{end}(?: (?:left|right|edge|{_PICTURE}))?"
+    )
+
+
+def _share(amounts: str) -> str:
+    """A share of the picture; "the upper half of the picture" is none."""
+    not_a_zone = "".join(rf"(?<!{word} )" for word in ("upper", "lower", "left", "right", "middle", "central", "outer"))
+    return rf"{not_a_zone}(?:{amounts})(?: (?:%|per ?cent))? of (?:the|this) (?:whole |entire )?{_FRAME}"
+
+
+_ONE = (
+    r"(?<!other )(?<!er )(?<!est )(?<!left )(?<!right )one"
+    r"(?! (?:side|sided|of|in|on|at|to|half|third|edge|end|part|another|is|that|which|can|would)\b)"
+)
+_UNEVEN = "mixed|uneven|mottled|patchy|speckled|variegated"
+_SOFT = "blurr(?:ed|y)|fuzzy|soft|indistinct|unclear|vague|hazy|faded|fading"
+_CRISP = "sharp|crisp|clear(?: cut)?|distinct|well defined"
+_FADES = r"(?:blend|fade|merge|melt)(?:s|ing)? (?:\w+ ){0,2}into"
+_SEEN = r"(?! (?:is |are )?(?:not|cannot|can not)\b)"
 
 # Per kind and value: its own wordings, and a pattern of all that is read as it. The order is that of reading: a span
 # that one value took is not read again for the next, so "very large" stands before "large".
@@ -49,7 +88,8 @@ _LEXICON: Mapping[str, Mapping[str, tuple[tuple[str, ...], str]]] = {
     "side": {
         "both": (
             ("on both sides of the image", "in both halves of the image"),
-            r"both (?:sides|halves)|either side|left and (?:the )?right|right and (?:the )?left|bilateral(?:ly)?",
+            r"both (?:sides|halves)|either side|each (?:side|half)|left and (?:the )?right|right and (?:the )?left|"
+            r"bilateral(?:ly)?",
         ),
         "left": (
             ("on the left side of the image", "in the left part of the image", "on the left of the image"),
@@ -61,62 +101,88 @@ _LEXICON: Mapping[str, Mapping[str, tuple[tuple[str, ...], str]]] = {
         ),
         "centre": (
             ("in the central part of the image", "centrally in the image"),
-            rf"central(?:ly)?|(?:centre|center|middle) {_PICTURE}|midline",
+            rf"central(?:ly)?{_BODY}|(?:centre|center|middle) {_PICTURE}|(?:in|at|on|along) the midline",
         ),
     },
     "place": {
         "spread": (
             ("from top to bottom", "over the whole height"),
-            r"top to (?:the )?bottom|bottom to (?:the )?top|(?:whole|entire|full) height",
+            r"(?:top |upper (?:\w+ ){0,2})to (?:the )?(?:bottom|lower)(?: (?:part|half|third|edge|end))?|"
+            r"bottom to (?:the )?top|(?:whole|entire|full) height",
         ),
         "middle": (
             ("at mid height", "at middle height", "halfway up"),
-            rf"(?:mid|middle|half) height|halfway (?:up|down)|(?:centre|center|middle) {_PICTURE}",
+            rf"(?<!above )(?<!below ){_MID_HEIGHT}|(?:centre|center|middle) {_PICTURE}",
         ),
-        "upper": (("in the upper part", "in the upper half", "towards the top"), rf"(?:upper(?:most)?|top){_BODY}"),
+        "upper": (
+            ("in the upper part", "in the upper half", "towards the top"),
+            rf"{_one_end('upper', 'top')}|above {_MID_HEIGHT}",
+        ),
         "lower": (
             ("in the lower part", "in the lower half", "towards the bottom"),
-            rf"lower(?:most)?{_BODY}(?! (?:signal|intensity|density|brightness|contrast|than)\b)|bottom",
+            rf"{_one_end('lower', 'bottom')}|below {_MID_HEIGHT}|low (?:down|in the {_FRAME})",
         ),
     },
     "size": {
-        "tiny": (("tiny", "very small"), r"tiny|very small|minuscule|punctate|pinpoint"),
-        "small": (("small", "fairly small"), rf"small{_THING}"),
-        "medium": (("medium-sized", "moderately sized"), r"(?:medium|mid|moderate|moderately) (?:sized?|in size)"),
-        "very large": (("very large", "extensive"), rf"very (?:large|big){_THING}|extensive|huge|massive"),
-        "large": (("large", "sizeable"), rf"(?:large|big){_THING}|size?able"),
+        "tiny": (("tiny", "very small"), r"tiny|very small|minuscule|minute|diminutive|punctate|pinpoint|pinhead"),
+        "small": (("small", "fairly small"), rf"small{_THING}|{_share('one|1')}"),
+        "medium": (
+            ("medium-sized", "moderately sized"),
+            rf"(?:medium|mid|moderate|moderately) (?:sized?|in size)|{_share('few|[2-5]')}",
+        ),
+        "very large": (
+            ("very large", "extensive"),
+            rf"very (?:large|big){_THING}|extensive|huge|massive|(?:dominat|fill)(?:es|s|ing) (?:\w+ ){{0,2}}{_FRAME}|"
+            + _share("most|half|thirds?|quarters?|fifth|[2-9][0-9]"),
+        ),
+        "large": (
+            ("large", "sizeable"),
+            rf"(?:large|big){_THING}|size?able|bulky|{_share('sixth|eighth|tenth|[6-9]|1[0-9]')}",
+        ),
     },
     "count": {
         "none": (
             ("nothing stands out", "nothing unusual is seen"),
             r"nothing (?:\w+ ){0,2}(?:stands out|is (?:seen|visible|found)|fits)|no (?:sign|trace|evidence) of|"
-            r"no (?:\w+ ){1,4}(?:is|are) (?:visible|seen|present|found)",
+            r"no (?!second |other |further |more |additional )(?:\w+ ){1,4}(?:is|are) (?:visible|seen|present|found)",
         ),
         "three": (("three", "a group of three"), r"three(?! (?:quarter|dimension)s?)"),
         "four": (("four", "a group of four"), "four"),
-        "two": (("two", "a pair of"), r"two(?! thirds)|pair of"),
+        "two": (("two", "a pair of"), rf"two(?! thirds)|pair of|couple of|both {_LESION}s|second {_LESION}{_SEEN}"),
         "several": (
             ("several", "many", "numerous"),
-            r"several|many|numerous|multiple(?! sclerosis)|five|six|seven|eight|nine|ten|dozens?",
+            r"several|many|numerous|multiple(?! sclerosis)|scattered|at least (?:three|four)|five|six|seven|eight|nine|"
+            r"ten|dozens?",
         ),
-        "one": (("a single", "one"), rf"single|solitary|lone|one{_NO_COUNT}"),
+        "one": (
+            ("a single", "one"),
+            rf"single|solitary|lone|{_ONE}|"
+            rf"(?:no|without a) (?:second|other|further|additional) {_LESION}s?|second {_LESION}",
+        ),
     },
     "shape": {
-        "irregular": (("irregular", "irregularly shaped"), rf"irregular(?:ly shaped)?(?! {_BORDER})|lobulated"),
+        "irregular": (
+            ("irregular", "irregularly shaped"),
+            rf"irregular(?:ly shaped)?(?! {_BORDER})|lobulated|(?:star|pear) shaped|stellate",
+        ),
         "oval": (("oval", "elliptical"), r"oval|ovoid|elliptical|egg shaped"),
-        "elongated": (("elongated", "oblong"), r"elongated?|oblong|stretched|long and (?:thin|narrow)|band like"),
-        "round": (("round", "circular"), r"round(?:ed|ish)?|circular"),
+        "elongated": (
+            ("elongated", "oblong"),
+            r"elongated?|oblong|stretched|long and (?:thin|narrow)|(?:band|ribbon|cigar|crescent) (?:like|shaped)|"
+            r"crescentic|curvilinear|linear|thin curved",
+        ),
+        "round": (("round", "circular"), rf"(?<!\ball )round(?:ed|ish)?(?! {_BORDER})|circular|spherical"),
     },
     "edge": {
         "blurred": (
             ("a blurred edge", "an ill-defined border", "a soft outline"),
-            rf"(?:blurr(?:ed|y)|fuzzy|soft|indistinct|unclear|vague) {_BORDER}|"
-            r"(?:ill|poorly) (?:defined|circumscribed|demarcated)",
+            rf"(?:{_SOFT}) {_BORDER}|{_LOOKS}(?:{_SOFT})|{_BORDER} (?:that |which )?(?:\w+ )?{_FADES}|{_FADES}|"
+            r"(?:ill|poorly) (?:defined|circumscribed|demarcated|delineated|marginated|bordered)",
         ),
         "sharp": (
             ("a sharp edge", "a well-defined border", "a crisp outline"),
-            rf"(?:sharp|crisp|clear|distinct) {_BORDER}|"
-            r"(?:well|sharply|clearly) (?:defined|circumscribed|demarcated|bordered)",
+            rf"(?:{_CRISP}) {_BORDER}|{_LOOKS}(?:{_CRISP})|"
+            r"(?:well|sharply|clearly|crisply) (?:defined|circumscribed|demarcated|delineated|marginated|bordered)",
         ),
     },
     "contrast": {
@@ -126,21 +192,26 @@ _LEXICON: Mapping[str, Mapping[str, tuple[tuple[str, ...], str]]] = {
         ),
         "darker": (
             ("darker than its surroundings", "darker than the tissue around it"),
-            r"dark(?:er)?|hypo(?:intense|dense|echoic|attenuating)",
+            rf"dark(?:er)?{_INNER}|black|hypo(?:intense|dense|echoic|attenuating)|anechoic|lucent|radiolucent|"
+            r"(?:low|reduced) (?:signal|intensity|density|attenuation|echogenicity)|less dense",
         ),
         "brighter": (
             ("brighter than its surroundings", "brighter than the tissue around it"),
-            r"bright(?:er)?|lighter|hyper(?:intense|dense|echoic|attenuating)",
+            rf"bright(?:er|ly)?{_INNER}|(?:lighter|paler|whiter){_INNER}|hyper(?:intense|dense|echoic|attenuating)|denser|"
+            rf"dense {_LESION}|dense (?:focus|foci)|"
+            r"(?:high|increased) (?:signal|intensity|density|attenuation|echogenicity)",
         ),
     },
     "texture": {
         "heterogeneous": (
             ("a heterogeneous interior", "a mixed texture"),
-            r"(?:hetero|inhomo)gene?ous(?:ly)?|(?:mixed|uneven|mottled|patchy) (?:texture|interior)",
+            rf"(?:hetero|inhomo)gene?ous(?:ly)?|mottled|(?:{_UNEVEN}) (?:\w+ ){{0,3}}{_INTERIOR}|"
+            rf"{_INTERIOR} (?:is|are|looks?|appears?) (?:\w+ )?(?:{_UNEVEN})",
         ),
         "homogeneous": (
             ("a homogeneous interior", "an even texture"),
-            r"homogene?ous(?:ly)?|(?:even|uniform|smooth) (?:texture|interior)",
+            rf"homogene?ous(?:ly)?|(?:even|uniform|smooth) {_INTERIOR}|(?:completely|entirely|perfectly) uniform|"
+            rf"{_INTERIOR} (?:is|are|looks?|appears?) (?:\w+ )?(?:even|uniform|smooth)",
         ),
     },
 }
@@ -149,7 +220,8 @@ _PATTERNS = {
     for kind, values in _LEXICON.items()
 }
 _NEGATION = re.compile(
-    r"\b(?:not|no|without|neither|nor|never|rather than|instead of)(?: (?:a|an|the|any|very|clearly))*$"
+    r"\b(?:not|no|without|neither|nor|never|rather than|instead of)"
+    r"(?: (?:a|an|the|any|very|clearly|confined|restricted|limited|only|just|to|in))*$"
 )
 _OF_HEALTH = re.compile(r"\W*(?:\w+ ){0,3}(?:healthy|normal|normally|usually|typically)\b")
 

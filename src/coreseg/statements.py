@@ -11,6 +11,7 @@ Source: our choice throughout; the paper has its descriptions judged by a second
 written beside each measure.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import inf
 
@@ -240,6 +241,51 @@ def _look(
     # Without a brightness difference there is no edge to speak of.
     step = across / whole if abs(whole) >= 0.03 else None
     return step, contrast, spread
+
+
+# Words that a careful reader would let pass for the measured value, beside those within a threshold's tolerance.
+_NEAR: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "size": {
+        "tiny": ("small",),
+        "small": ("tiny", "medium"),
+        "medium": ("small", "large"),
+        "large": ("medium", "very large"),
+        "very large": ("large",),
+    },
+    "shape": {
+        "round": ("oval",),
+        "oval": ("round", "elongated", "irregular"),
+        "elongated": ("oval", "irregular"),
+        "irregular": ("oval", "elongated"),
+    },
+    "count": {"three": ("four", "several"), "four": ("three", "several"), "several": ("three", "four")},
+}
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """A statement that a mask refutes: what the text says of this kind, and what would have been true."""
+
+    kind: str
+    stated: frozenset[str]
+    measured: frozenset[str]
+
+
+def contradictions(text: str, true: Mapping[str, Collection[str]]) -> tuple[Contradiction, ...]:
+    """What a text by anybody says against `accepted_all` of a mask; more lenient than `holds`, made for our own texts.
+
+    Sizes, shapes and counts may be a step off. Where there are several lesions, a text may tell of one here and one
+    there: a side or place is refuted where none that it names is true. An empty mask refutes every statement.
+    """
+    nothing_there = "none" in true.get("count", ())
+    found = []
+    for kind, stated in find_all(text).items():
+        fits = set(true.get(kind, ()))
+        fits |= {near for value in fits for near in _NEAR.get(kind, {}).get(value, ())}
+        in_parts = kind in ("side", "place") and "one" not in true.get("count", ()) and bool(stated & fits)
+        if (kind in true or nothing_there) and stated - fits and not in_parts:
+            found.append(Contradiction(kind, frozenset(stated), frozenset(true.get(kind, ()))))
+    return tuple(found)
 
 
 def holds(
