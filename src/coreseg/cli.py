@@ -500,3 +500,43 @@ def data_show(
     shown = min(count, len(samples))
     contact_sheet(lesions, [samples[number * len(samples) // shown] for number in range(shown)]).save(out)
     typer.echo(f"{out}: {shown} of {len(samples)} rows")
+
+
+@data_app.command("manifest")
+@_clear_errors
+def data_manifest(
+    dataset: Annotated[Path, typer.Argument(help="Data-set folder.")],
+    out: Annotated[Path, typer.Option("--out", help="JSONL file to write.")] = Path("manifest.jsonl"),
+) -> None:
+    """Write a data set without its pictures: splits, boxes, questions, reasoning, and a hash of each picture and mask.
+
+    Where images may not be passed on, this file may; `coreseg data restore` makes the data set again from it.
+    """
+    from coreseg.data.manifest import write_manifest
+    from coreseg.data.store import LesionSet
+
+    lesions = LesionSet.open(dataset)
+    write_manifest(lesions, out, progress=sys.stderr.isatty())
+    typer.echo(f"{out}: {len(lesions.samples)} rows")
+
+
+@data_app.command("restore")
+@_clear_errors
+def data_restore(
+    manifest: Annotated[Path, typer.Argument(help="JSONL file that `coreseg data manifest` wrote.")],
+    sources: Annotated[list[Path], typer.Argument(help="Data sets, imported from the sources it was made of.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the new data set.")],
+    partly: Annotated[bool, typer.Option("--partly", help="Leave out the rows that no source has.")] = False,
+) -> None:
+    """Make a data set again from its manifest and its sources, whatever splits and words those have.
+
+    Pictures are recognised by their pixels. Exits with 1 where rows were left out.
+    """
+    from coreseg.data.manifest import restore
+
+    report = restore(manifest, sources, out, partly=partly, progress=sys.stderr.isatty())
+    typer.echo(f"{report.root}: {report.rows} rows")
+    for sample in report.missing:
+        typer.echo(f"in no source: {sample.file_name} ({sample.category}) of {sample.source}", err=True)
+    if report.missing:
+        raise typer.Exit(1)
