@@ -90,8 +90,7 @@ class Endpoint:
             tally["cached"] += 1
             return kept
         if self._known:
-            async with self._slots:
-                return await self._paid(key, prompt, tally)
+            return await self._paid(key, prompt, tally)
         # The first request goes alone: a wrong key or address costs one error, not one for each of those in flight,
         # and its reply tells what others will cost.
         async with self._first:

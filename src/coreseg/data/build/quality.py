@@ -67,32 +67,11 @@ def clean(text: str) -> str:
 
 
 # Words of a lesion's own border, not of the drawn line: "a crisp outline".
-_OF_LESION = [
-    "sharp",
-    "crisp",
-    "clear",
-    "distinct",
-    "defined",
-    "soft",
-    "blurred",
-    "blurry",
-    "fuzzy",
-    "indistinct",
-    "unclear",
-    "vague",
-    "smooth",
-    "irregular",
-    "lobulated",
-    "spiculated",
-    "regular",
-    "even",
-    "uneven",
-    "rounded",
-    "round",
-    "oval",
-    "wavy",
-    "jagged",
-]
+_OF_LESION = (
+    "sharp crisp clear distinct defined soft blurred blurry fuzzy indistinct unclear vague smooth irregular lobulated "
+    "spiculated regular even uneven rounded round oval wavy jagged"
+)
+_OF_LESION_WORDS = tuple(_OF_LESION.split())
 _LINE = re.compile(r"([\w-]*)\W*\b(?:outline|contour)s?\b", re.IGNORECASE)
 _TELLTALES = tuple(
     (kind, what, re.compile(pattern, re.IGNORECASE))
@@ -129,7 +108,7 @@ def text_faults(text: str, category: str) -> list[Fault]:
         if hit := pattern.search(text):
             faults.append(Fault(kind, f"it has {what}: {hit.group()!r}"))
     for hit in _LINE.finditer(text):
-        if hit[1].lower().split("-")[-1] not in _OF_LESION:
+        if hit[1].lower().split("-")[-1] not in _OF_LESION_WORDS:
             faults.append(Fault("marking", f"it has a word of the drawn line: {hit.group()!r}"))
     return faults
 
