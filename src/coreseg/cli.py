@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -477,6 +477,119 @@ def data_check(dataset: Annotated[Path, typer.Argument(help="Data-set folder.")]
     typer.echo(report.text())
     if not report.clean:
         raise typer.Exit(1)
+
+
+TeacherOption = Annotated[
+    Path | None, typer.Option("--teacher", help="TOML file with a table [teacher], and [judge] if wanted.")
+]
+MaxCostOption = Annotated[
+    float | None, typer.Option("--max-cost", help="Budget in the currency of the prices; replaces the file's max_cost.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Send nothing: print the prompts of a few rows and the cost of all.")
+]
+
+
+@data_app.command("describe")
+@_clear_errors
+def data_describe(
+    dataset: Annotated[Path, typer.Argument(help="Data-set folder.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the new data set.")] = None,
+    teacher: TeacherOption = None,
+    max_cost: MaxCostOption = None,
+    dry_run: DryRunOption = False,
+    seed: Annotated[int, typer.Option(help="Of the wording, without a teacher.")] = 0,
+) -> None:
+    """Write the reasoning of every row anew: measured on mask and pixels, or by a teacher model.
+
+    A teacher sees every picture, so they leave this machine unless it runs here. Stopped, the same command goes on and
+    pays for nothing twice. Rows whose text does not pass are set aside with the reason. See docs/build.md.
+
+    Exits with 1 where no row was kept.
+
+    Example: coreseg data describe my-set --out described --teacher teacher.toml --max-cost 20
+    """
+    from coreseg.data.build.run import describe_set
+    from coreseg.data.store import LesionSet
+
+    lesions = LesionSet.open(dataset)
+    config = _teacher_config(teacher, max_cost)
+    if dry_run:
+        _dry_run(lesions.samples, config)
+        return
+    report = describe_set(lesions, _needed(out), config, seed=seed, progress=sys.stderr.isatty())
+    typer.echo(f"{out}: {report.text()}")
+    if not report.kept:
+        raise typer.Exit(1)
+
+
+@data_app.command("review")
+@_clear_errors
+def data_review(
+    dataset: Annotated[Path, typer.Argument(help="Data-set folder.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the new data set: the rows that pass.")] = None,
+    judge: Annotated[Path | None, typer.Option("--judge", help="TOML file with a table [judge].")] = None,
+    max_cost: MaxCostOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Check the reasoning of every row: its form, its statements against the pixels, and by a judge model if wanted.
+
+    Exits with 1 where a row is set aside; each stands in set_aside.jsonl with the reasons.
+
+    Example: coreseg data review described --out reviewed --judge teacher.toml --max-cost 5
+    """
+    from dataclasses import replace
+
+    from coreseg.data.build.run import review_set
+    from coreseg.data.store import LesionSet
+    from coreseg.errors import ConfigError
+
+    lesions = LesionSet.open(dataset)
+    config = _teacher_config(judge, max_cost)
+    if config and not config.judge:
+        raise ConfigError(f"{judge}: no judge is set; expected a table [judge] with base_url and model")
+    config = config and replace(config, teacher=None)
+    if dry_run:
+        _dry_run(lesions.samples, config)
+        return
+    report = review_set(lesions, _needed(out), config, progress=sys.stderr.isatty())
+    typer.echo(f"{out}: {report.text()}")
+    if report.set_aside:
+        raise typer.Exit(1)
+
+
+def _needed(out: Path | None) -> Path:
+    if out is None:
+        raise InputError("--out is missing; expected the folder of the new data set")
+    return out
+
+
+def _teacher_config(path: Path | None, max_cost: float | None) -> Any:
+    """The settings of teacher and judge, None where there is no file."""
+    from coreseg.errors import ConfigError
+
+    if path is None:
+        if max_cost is not None:
+            raise ConfigError("--max-cost is for a teacher or judge; name its file of settings too")
+        return None
+    from coreseg.config import load
+    from coreseg.data.build.settings import TeacherConfig
+
+    return load(TeacherConfig, path, [] if max_cost is None else [f"max_cost={max_cost}"])
+
+
+def _dry_run(samples: Sequence[Any], config: Any) -> None:
+    from coreseg.errors import ConfigError
+
+    if config is None:
+        raise ConfigError("--dry-run shows what a teacher or judge would be told; name its file of settings")
+    from coreseg.data.build.preview import estimate, prompts_text
+
+    shown = min(2, len(samples))
+    typer.echo(prompts_text([samples[number * len(samples) // shown] for number in range(shown)], config))
+    typer.echo(f"\n{estimate(samples, config).text()}")
+    for each in config.endpoints:
+        typer.echo(f"pictures and words would go to {each.base_url}")
 
 
 @data_app.command("show")

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from coreseg.errors import ConfigError
 
-Settings = TypeVar("Settings", bound="StageConfig")
-Table = TypeVar("Table", bound="StageConfig | RewardSettings")
+Settings = TypeVar("Settings")
+Table = TypeVar("Table")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,22 +88,22 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "eval_every", "save_every"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("learning_rate", "head_learning_rate", "lora_alpha"):
-            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a number above 0")
+            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a number above 0")
         for name in (
             "cpu_minutes", "mask_weight", "lora_rank", "warmup_steps", "weight_decay", "max_grad_norm", "balance",
             "eval_samples", "versions", "workers", "seed",
         ):  # fmt: skip
-            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         for name in ("attribute_share", "absent_share", "filler_share"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         kept = not self.keep_maps or (self.remeasure and self.versions > 0)
-        _require(kept, "keep_maps", self.keep_maps, "false where remeasure and versions do not say what to keep")
-        _require(self.precision in ("fp32", "bf16", "fp16"), "precision", self.precision, "fp32, bf16 or fp16")
-        _require(bool(self.data), "data", self.data, "at least one data-set folder")
+        require(kept, "keep_maps", self.keep_maps, "false where remeasure and versions do not say what to keep")
+        require(self.precision in ("fp32", "bf16", "fp16"), "precision", self.precision, "fp32, bf16 or fp16")
+        require(bool(self.data), "data", self.data, "at least one data-set folder")
         for source, weight in (self.source_weights or {}).items():
-            _require(0 <= weight < math.inf, f"source_weights, {source!r},", weight, "0 or more")
+            require(0 <= weight < math.inf, f"source_weights, {source!r},", weight, "0 or more")
 
     @property
     def rows(self) -> int:
@@ -126,8 +126,8 @@ class SftConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(0 <= self.text_weight < math.inf, "text_weight", self.text_weight, "0 or more")
-        _require(0 < self.box_weight < math.inf, "box_weight", self.box_weight, "a number above 0")
+        require(0 <= self.text_weight < math.inf, "text_weight", self.text_weight, "0 or more")
+        require(0 < self.box_weight < math.inf, "box_weight", self.box_weight, "a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,10 +152,10 @@ class RewardSettings:
 
     def __post_init__(self) -> None:
         for name in ("format_weight", "detect_weight", "segment_weight", "faithfulness_weight"):
-            _require(0 <= getattr(self, name) < math.inf, f"reward.{name}", getattr(self, name), "0 or more")
+            require(0 <= getattr(self, name) < math.inf, f"reward.{name}", getattr(self, name), "0 or more")
         for name in ("alpha", "beta"):
-            _require(abs(getattr(self, name)) < math.inf, f"reward.{name}", getattr(self, name), "a number")
-        _require(0 <= self.dice_from <= 1, "reward.dice_from", self.dice_from, "between 0 and 1")
+            require(abs(getattr(self, name)) < math.inf, f"reward.{name}", getattr(self, name), "a number")
+        require(0 <= self.dice_from <= 1, "reward.dice_from", self.dice_from, "between 0 and 1")
 
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo")
@@ -196,16 +196,16 @@ class GrpoConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.group_size >= 2, "group_size", self.group_size, "at least 2: a group is compared within itself")
+        require(self.group_size >= 2, "group_size", self.group_size, "at least 2: a group is compared within itself")
         fits = self.batch_size % self.group_size == 0
         expected = f"a multiple of group_size, {self.group_size}: it counts completions, and groups stay together"
-        _require(fits, "batch_size", self.batch_size, expected)
-        _require(self.updates >= 1, "updates", self.updates, "at least 1")
-        _require(0 < self.temperature < math.inf, "temperature", self.temperature, "a number above 0")
+        require(fits, "batch_size", self.batch_size, expected)
+        require(self.updates >= 1, "updates", self.updates, "at least 1")
+        require(0 < self.temperature < math.inf, "temperature", self.temperature, "a number above 0")
         for name in ("max_new_tokens", "clip_high", "beta", "advantage_weight", "samples_every"):
-            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
-        _require(0 <= self.clip_low <= 1, "clip_low", self.clip_low, "between 0 and 1")
-        _require(self.loss_type in LOSS_TYPES, "loss_type", self.loss_type, "grpo, dr_grpo or dapo")
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
+        require(0 <= self.clip_low <= 1, "clip_low", self.clip_low, "between 0 and 1")
+        require(self.loss_type in LOSS_TYPES, "loss_type", self.loss_type, "grpo, dr_grpo or dapo")
 
     @property
     def rows(self) -> int:
@@ -213,7 +213,8 @@ class GrpoConfig(StageConfig):
         return self.batch_size // self.group_size
 
 
-def _require(fine: bool, name: str, got: object, expected: str) -> None:
+def require(fine: bool, name: str, got: object, expected: str) -> None:
+    """Raises ConfigError for a setting out of range."""
     if not fine:
         raise ConfigError(f"setting {name} is {got!r}; expected {expected}")
 
@@ -248,7 +249,11 @@ def build(kind: type[Table], values: Mapping[str, Any], where: str) -> Table:
             hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(hints)}"
             raise ConfigError(f"{where}: unknown setting {key!r}; {hint}")
     checked = {key: _as_type(value, hints[key], f"{where}: setting {key!r}") for key, value in values.items()}
-    needed = [each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING]
+    needed = [
+        each.name
+        for each in fields(typing.cast(Any, kind))
+        if each.default is MISSING and each.default_factory is MISSING
+    ]
     missing = [name for name in needed if name not in checked]
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} missing; give it in the file or with --set")

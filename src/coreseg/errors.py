@@ -6,6 +6,7 @@
     ├── ModelError          a checkpoint that is missing, incomplete or not a CORE-Seg
     ├── ConfigError         a setting that is unknown, of the wrong type or out of range
     ├── TrainingError       a run whose numbers went bad, so that going on would spoil the model
+    ├── TeacherError        a teacher or judge that cannot be reached, refuses, or has used up its budget
     └── MissingExtraError   an optional dependency that is not installed
 
 A malformed answer of a model is none of these: it is a recorded result (see `coreseg.answer.parse`).
@@ -34,6 +35,10 @@ class ConfigError(CoreSegError):
 
 class TrainingError(CoreSegError):
     """A training run's loss is not a number any more; its last checkpoint is still good."""
+
+
+class TeacherError(CoreSegError):
+    """A teacher or judge does not answer any more, or its budget is used up; the replies received so far are kept."""
 
 
 class MissingExtraError(CoreSegError):

@@ -134,11 +134,16 @@ def write_set(root: Path, samples: Sequence[Sample]) -> None:
 
     Raises DataError where a row would not open again.
     """
-    lines = [json.dumps(asdict(sample), ensure_ascii=False) for sample in samples]
+    lines = [row_line(sample) for sample in samples]
     for number, line in enumerate(lines, start=1):
         parse_row(line, f"{root / METADATA} row {number}")
     _refuse_repeats(samples, range(1, len(samples) + 1), root / METADATA)
     (root / METADATA).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+def row_line(sample: Sample) -> str:
+    """A row as `metadata.jsonl` holds it, without the line's end."""
+    return json.dumps(asdict(sample), ensure_ascii=False)
 
 
 def _read_text(path: Path) -> str:

@@ -7,14 +7,20 @@ Source: our choice. The paper has a large multimodal model describe the lesion f
 this function has the same place in the pipeline and needs nothing but the sample.
 """
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from coreseg.questions import plural, with_article
+from coreseg.data.build.stage import Fault, Outcome
+from coreseg.data.store import LesionSet
+from coreseg.errors import DataError, InputError
+from coreseg.questions import ask, plural, with_article
 from coreseg.sentences import pick, word
 from coreseg.statements import measure_all
+from coreseg.types import Sample
 
 _PICTURES: Mapping[str, str] = {
     "ct": "a CT scan",
@@ -69,6 +75,25 @@ def describe(
         return f"{opening} {_nothing(category, rng)}"
     name = with_article(category) if values["count"] == "one" else plural(category)
     return f"{opening} {_seen(values, rng)} {pick(('This fits', 'This is in keeping with'), rng)} {name}."
+
+
+def describe_rows(pictures: LesionSet, samples: Iterable[Sample], seed: int = 0) -> Generator[Outcome]:
+    """The stage that writes each row's measured description; the questions stay.
+
+    `pictures` is the set that the rows' files lie in; its own rows are not read. With the seed that a set was imported
+    with, it gives the import's own texts again.
+    """
+    for sample in samples:
+        # As the importer draws: text hangs on the row's own name, and the question comes first.
+        rng = np.random.default_rng([seed, zlib.crc32(sample.mask_file_name.encode())])
+        ask(sample.category, rng)
+        try:
+            image, mask = pictures.image(sample), pictures.mask(sample)
+        except (DataError, InputError) as error:
+            yield Outcome(sample, (Fault("picture", str(error)),))
+            continue
+        text = describe(image, mask, sample.modality, sample.anatomy, sample.category, int(rng.integers(2**32)))
+        yield Outcome(replace(sample, reasoning=text), attempts=1)
 
 
 def _opening(modality: str, anatomy: str, rng: np.random.Generator) -> str:
