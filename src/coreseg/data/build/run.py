@@ -10,14 +10,16 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from coreseg.data.build.engine import HERE, Here, RowStage
 from coreseg.data.build.ledger import Ledger, Spent
 from coreseg.data.build.settings import TeacherConfig
 from coreseg.data.build.stage import Outcome
@@ -196,7 +198,13 @@ def _sorted(counts: Counter[str]) -> dict[str, int]:
 
 
 def describe_set(
-    source: LesionSet, out: Path, config: TeacherConfig | None = None, *, seed: int = 0, progress: bool = True
+    source: LesionSet,
+    out: Path,
+    config: TeacherConfig | None = None,
+    *,
+    seed: int = 0,
+    engine: Here = HERE,
+    progress: bool = True,
 ) -> Report:
     """Write a set whose reasoning is new: a teacher's, or, without a `config`, the measured description by `seed`.
 
@@ -205,20 +213,29 @@ def describe_set(
     MissingExtraError without the extra `build`, TeacherError where the teacher answers no more or the budget is used
     up: the message says how many rows were done.
     """
+    pictures = LesionSet(source.root, ())
     if config is None:
         from coreseg.data.build.describe import describe_rows as measure
 
         settings: dict[str, Any] = {"teacher": None, "seed": seed}
-        return _run(source, measure(source, source.samples, seed), out, settings, None, progress)
+        return _run(source, partial(measure, pictures, seed=seed), out, settings, None, engine, progress)
     from coreseg.data.build.prompts import prompts_digest
     from coreseg.data.build.teacher import describe_rows
 
     ledger = config.open_ledger()
     settings = {**asdict(config), "prompts": prompts_digest()}
-    return _run(source, describe_rows(source, source.samples, config, ledger), out, settings, ledger, progress)
+    stage = partial(describe_rows, pictures, config=config)
+    return _run(source, stage, out, settings, ledger, engine, progress)
 
 
-def review_set(source: LesionSet, out: Path, config: TeacherConfig | None = None, *, progress: bool = True) -> Report:
+def review_set(
+    source: LesionSet,
+    out: Path,
+    config: TeacherConfig | None = None,
+    *,
+    engine: Here = HERE,
+    progress: bool = True,
+) -> Report:
     """Check every row's reasoning: its form, against the pixels, and by the judge of `config` where it names one.
 
     The rows that pass become a set in `out`. Resumes and raises as `describe_set` does.
@@ -232,17 +249,20 @@ def review_set(source: LesionSet, out: Path, config: TeacherConfig | None = None
 
         ledger = config.open_ledger()
         settings = {**asdict(config), "prompts": prompts_digest()}
-    return _run(source, review_rows(source, source.samples, config, ledger), out, settings, ledger, progress)
+    stage = partial(review_rows, LesionSet(source.root, ()), config=config)
+    return _run(source, stage, out, settings, ledger, engine, progress)
 
 
 def _run(
     source: LesionSet,
-    outcomes: Generator[Outcome],
+    stage: RowStage,
     out: Path,
     settings: Mapping[str, Any],
     ledger: Ledger | None,
+    engine: Here,
     progress: bool,
 ) -> Report:
+    outcomes = engine.outcomes(stage, source.samples, ledger)
     started, counts, total = time.monotonic(), _Counts(), len(source.samples)
     bar = tqdm(total=total, unit="row", disable=not progress)
     with ExitStack() as stack:

@@ -1,0 +1,162 @@
+"""The whole pipeline from one file of settings: import, keep what is hard, describe, review; then the card.
+
+    OUT/build.toml        the settings, defaults too
+    OUT/stages/NAME/      what each stage made, a data set of its own; pictures are links, so they take no room twice
+    OUT/set/              the result, as the `datasets` library opens it
+    OUT/manifest.json     rows in and out of every stage, models, prompts, seeds, money
+    OUT/benchmark.jsonl   the result without its pictures, for `coreseg data restore`
+    OUT/card.html, .md    the data card
+
+A stage's folder appears when it is finished. So a build that was killed goes on with the first stage that is not there,
+and that one goes on from what it keeps itself (trained folds, replies that were paid for).
+
+Source: the paper's three stages. Our choice: everything else.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from coreseg import __version__
+from coreseg import config as settings_files
+from coreseg.config import require
+from coreseg.data.build.card import Rejected, Stage, write_card
+from coreseg.data.build.engine import ENGINES
+from coreseg.data.build.filter import SUMMARY, FilterSettings, filter_set
+from coreseg.data.build.run import REPORT, SET_ASIDE, describe_set, review_set
+from coreseg.data.build.settings import TeacherConfig
+from coreseg.data.manifest import write_manifest
+from coreseg.data.store import LesionSet, copy_rows, new_set, parse_row
+from coreseg.errors import ConfigError, DataError
+
+SETTINGS, MANIFEST, BENCHMARK = "build.toml", "manifest.json", "benchmark.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Settings of a build. A stage without its table is left out.
+
+    out: folder of the build.                              data: the data set to start from.
+    filter: a table, see `FilterSettings`: keep what is hard.
+    describe: a table with [describe.teacher] and, at will, [describe.judge], see `TeacherConfig`: a teacher writes the
+    reasoning. Without it that of the data set stays, by default the measured description.
+    review: check every row's reasoning at the end: form, pixels and, where `describe` names one, the judge.
+    engine: "here", or "ray" for a cluster.
+    """
+
+    out: str
+    data: str
+    filter: FilterSettings | None = None
+    describe: TeacherConfig | None = None
+    review: bool = True
+    engine: str = "here"
+
+    def __post_init__(self) -> None:
+        require(self.engine in ENGINES, "engine", self.engine, " or ".join(ENGINES))
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that the settings ask for, in order."""
+        wanted = {"filter": self.filter, "describe": self.describe, "review": self.review}
+        return tuple(name for name, asked_for in wanted.items() if asked_for)
+
+
+def build(config: BuildConfig, *, progress: bool = True) -> Path:
+    """Run what is missing of a build and return its folder.
+
+    Raises ConfigError where the folder holds a build with other settings, DataError where it holds something else, and
+    what the stages raise; what is finished stays.
+    """
+    out, before = Path(config.out), LesionSet.open(config.data)
+    _claim(out, config)
+    started = time.monotonic()
+    told: list[Stage] = []
+    rejected: list[Rejected] = []
+    for name in config.stages:
+        folder = out / "stages" / name
+        if not folder.exists():
+            folder.parent.mkdir(exist_ok=True)
+            _run(name, config, before, folder, progress)
+        after = LesionSet.open(folder)
+        told.append(Stage(name, len(before.samples), len(after.samples), _facts(folder)))
+        rejected += _set_aside(before, folder)
+        before = after
+    if not (out / "set").exists():
+        with new_set(out / "set") as staging:
+            copy_rows(before, before.samples, staging)
+    result = LesionSet.open(out / "set")
+    write_manifest(result, out / BENCHMARK)
+    write_card(result, told, rejected, out / "card.html", out / "card.md")
+    _write_manifest(out, config, told, time.monotonic() - started)
+    return out
+
+
+def _claim(out: Path, config: BuildConfig) -> None:
+    file = out / SETTINGS
+    if file.exists() and (old := settings_files.load(BuildConfig, file)) != config:
+        changed = [name for name in asdict(config) if getattr(old, name) != getattr(config, name)]
+        raise ConfigError(
+            f"{out} holds a build with other settings ({', '.join(changed)} changed); give another `out`, or delete "
+            "that folder"
+        )
+    if not file.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: already there and not empty; nothing in it is touched. Choose a new folder.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        settings_files.save(config, part)
+        part.replace(file)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error}). Check space and permissions.") from error
+
+
+def _run(name: str, config: BuildConfig, before: LesionSet, folder: Path, progress: bool) -> None:
+    engine = ENGINES[config.engine]
+    if name == "filter":
+        from coreseg.train.baselines import train_fold
+
+        assert config.filter
+        filter_set(before, folder, config.filter, train_fold, run=engine.map, progress=progress)
+    elif name == "describe":
+        describe_set(before, folder, config.describe, engine=engine, progress=progress)
+    else:
+        review_set(before, folder, config.describe, engine=engine, progress=progress)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What a stage's own report says beyond counts of rows."""
+    if (file := folder / REPORT).is_file():
+        report = json.loads(file.read_text(encoding="utf-8"))
+        return {name: report[name] for name in ("because", "met", "written", "scores") if report[name]}
+    if (file := folder / SUMMARY).is_file():
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        return {group: f"{cut['out']} of {cut['in']} ({cut['rule']})" for group, cut in summary["cuts"].items()}
+    return {}
+
+
+def _set_aside(before: LesionSet, folder: Path) -> Iterator[Rejected]:
+    if (file := folder / SET_ASIDE).is_file():
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            reasons = "; ".join(reason["text"] for reason in json.loads(line)["reasons"])
+            yield Rejected(before, parse_row(line, f"{file} row {number}"), reasons)
+
+
+def _write_manifest(out: Path, config: BuildConfig, told: list[Stage], seconds: float) -> None:
+    reports = {
+        name: json.loads(file.read_text(encoding="utf-8"))
+        for name in config.stages
+        for file in (out / "stages" / name / REPORT, out / "stages" / name / SUMMARY)
+        if file.is_file()
+    }
+    manifest = {
+        "coreseg": __version__,
+        "settings": asdict(config),
+        "stages": [asdict(stage) for stage in told],
+        "reports": reports,
+        "seconds_of_last_call": round(seconds, 1),
+    }
+    text = json.dumps(manifest, ensure_ascii=False, indent=1)
+    (out / MANIFEST).write_text(text + "\n", encoding="utf-8", newline="\n")
