@@ -89,17 +89,16 @@ class Endpoint:
         if kept := self._ledger.find(key):
             tally["cached"] += 1
             return kept
-        if self._known:
-            return await self._paid(key, prompt, tally)
-        # The first request goes alone: a wrong key or address costs one error, not one for each of those in flight,
-        # and its reply tells what others will cost.
-        async with self._first:
-            if self._known:
-                return await self.ask(prompt, attempt, tally)
-            try:
-                return await self._paid(key, prompt, tally)
-            finally:
-                self._known = True
+        if not self._known:
+            # The first request goes alone: a wrong key or address costs one error, not one for each of those in
+            # flight, and its reply tells what others will cost.
+            async with self._first:
+                if not self._known:
+                    try:
+                        return await self._paid(key, prompt, tally)
+                    finally:
+                        self._known = True
+        return await self._paid(key, prompt, tally)
 
     def _key(self, prompt: Prompt, attempt: int) -> str:
         settings = self.settings
@@ -119,7 +118,7 @@ class Endpoint:
         for trial in range(self.settings.retries + 1):
             if trial:
                 tally["retries"] += 1
-                backoff_s = min(60.0, 2.0 ** (trial - 1)) * random.uniform(0.5, 1.0)
+                backoff_s = min(_LONGEST_BACKOFF_S, _BACKOFF_S * 2 ** (trial - 1)) * random.uniform(0.5, 1.0)
                 await asyncio.sleep(max(backoff_s, failure.retry_after_s))
             outcome = await self._in_turn(key, prompt, messages)
             tally["requests"] += 1
@@ -253,6 +252,9 @@ class Endpoint:
             "command with a larger --max-cost to go on."
         )
 
+
+_BACKOFF_S, _LONGEST_BACKOFF_S = 1.0, 60.0
+"""Wait before the first further try, doubled for each one more, with chance so that requests do not come in step."""
 
 _TEMPLATE_TOKENS = 64
 """What a server's chat template adds around the words, from above."""
