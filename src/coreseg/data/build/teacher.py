@@ -50,7 +50,7 @@ def describe_rows(
                 return Outcome(sample, (Fault("picture", str(error)),))
             return await _Author(sample, picture, facts, teacher, judge, config.attempts).outcome()
 
-    yield from stream(describe, samples, 16 * in_flight, [each for each in (teacher, judge) if each])
+    yield from stream(describe, samples, 16 * in_flight, [each.close for each in (teacher, judge) if each])
 
 
 def _look(pictures: LesionSet, sample: Sample, image_px: int) -> tuple[UInt8[np.ndarray, "rows columns 3"], Facts]:
