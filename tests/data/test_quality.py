@@ -42,7 +42,7 @@ def kinds(text: str, category: str = "nodule") -> set[str]:
         ("A mass measuring about 3.5 cm in diameter is dark", "A mass is dark"),
         ("A mass, spanning 40 x 50 pixels, is dark", "A mass, is dark"),
         ("A mass covering roughly 12% of the picture", "A mass of the picture"),
-        ("\u201cNormal\u201d tissue \u2013 isn\u2019t <b>bright</b>", "\"Normal\" tissue - isn't b bright /b"),
+        ("\u201cNormal\u201d tissue \u2013 isn\u2019t <b>bright</b>", '"Normal" tissue - isn\'t b bright /b'),
         ("A markedly dark mass with marked shadowing", "A markedly dark mass with marked shadowing"),
         ("It has a crisp outline and a T2 signal", "It has a crisp outline and a T2 signal"),
     ],
@@ -71,7 +71,7 @@ def test_cleaning_takes_out_what_can_go(raw: str, kept: str) -> None:
         ("It is in the patient's left breast.", "sides"),
         ("It is bright <seg> there.", "form"),
         ("Line\nbreak.", "form"),
-        ("病变在左侧，边界清晰。", "form"),
+        ("病变在左侧" * 3, "form"),
     ],
 )
 def test_what_may_not_stand_in_a_text_is_found(addition: str, kind: str) -> None:
@@ -166,7 +166,7 @@ def test_a_reply_is_found_in_what_a_model_writes(text: str) -> None:
     "text",
     [
         "", "no json", '{"reasoning": "Se', '{"reasoning": ""}', '{"reasoning": 3}', '{"reasoning": null}',
-        '{"reasoning": "Seen.", "more": 1}', '["Seen."]', "{" * 5000, '{"a":' * 5000,
+        '{"reasoning": "Seen.", "more": 1}', '["Seen."]', "{" * 5000, '{"a":' * 2000,
     ],
 )  # fmt: skip
 def test_what_is_no_reply(text: str) -> None:
@@ -250,7 +250,8 @@ def test_review_with_a_judge(lesions: LesionSet, tmp_path: Path) -> None:
         assert [fault.kind for fault in outcome.faults] == ["judge"] * failed
         assert not failed or ("score 0.70" in outcome.faults[0].text and "Vague." in outcome.faults[0].text)
         assert outcome.met["judge: unreadable"] == ("cyst" in outcome.sample.category)
-    assert [replace(each, traffic=Counter()) for each in outcomes] == [replace(each, traffic=Counter()) for each in again]
+    first, second = ([replace(each, traffic=Counter()) for each in run] for run in (outcomes, again))
+    assert first == second
     assert all(set(each.traffic) <= {"cached"} for each in again)
 
 

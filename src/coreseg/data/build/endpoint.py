@@ -70,6 +70,7 @@ class Endpoint:
         self._pace = _Pace(settings.requests_per_minute, settings.tokens_per_minute)
         self._known = ledger.dearest(settings.model) is not None
         self._fruitless = 0
+        self._stopped = ""
         self._limit_field = "max_tokens"
         self._with_schema = settings.json_schema
 
@@ -89,15 +90,16 @@ class Endpoint:
         if kept := self._ledger.find(key):
             tally["cached"] += 1
             return kept
-        if not self._known:
-            # The first request goes alone: a wrong key or address costs one error, not one for each of those in
-            # flight, and its reply tells what others will cost.
-            async with self._first:
-                if not self._known:
-                    try:
-                        return await self._paid(key, prompt, tally)
-                    finally:
-                        self._known = True
+        if self._known:
+            return await self._paid(key, prompt, tally)
+        # The first request goes alone: a wrong key or address costs one error, not one for each of those in flight,
+        # and its reply tells what others will cost.
+        async with self._first:
+            if not self._known:
+                try:
+                    return await self._paid(key, prompt, tally)
+                finally:
+                    self._known = True
         return await self._paid(key, prompt, tally)
 
     def _key(self, prompt: Prompt, attempt: int) -> str:
@@ -112,7 +114,17 @@ class Endpoint:
         return digest.hexdigest()
 
     async def _paid(self, key: str, prompt: Prompt, tally: Counter[str]) -> Reply:
-        """The reply over the network, with further tries where one may help."""
+        """The reply over the network. Once one request has found that nothing is answered any more, none is sent."""
+        if self._stopped:
+            raise TeacherError(self._stopped)
+        try:
+            return await self._tried(key, prompt, tally)
+        except TeacherError as error:
+            self._stopped = str(error)
+            raise
+
+    async def _tried(self, key: str, prompt: Prompt, tally: Counter[str]) -> Reply:
+        """The reply, with further tries where one may help."""
         messages = await asyncio.to_thread(_messages, prompt)
         failure = _Failure("", "")
         for trial in range(self.settings.retries + 1):
