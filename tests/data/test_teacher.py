@@ -1,7 +1,9 @@
 """Describing with a scripted teacher over real HTTP: faults are caught and counted, nothing is lost or paid twice."""
 
+import asyncio
 import json
 import os
+import pickle
 import random
 import re
 import subprocess
@@ -218,6 +220,24 @@ def test_the_teacher_is_told_metadata_sides_and_whether_there_is_a_lesion(tmp_pa
         assert "never those of the patient" in body["messages"][0]["content"]
     assert all("ultrasound of the neck" in r.words or "Picture: " in r.words for r in told)
     assert all(not re.search(r"\d", request.words) for request in described), "no coordinates to copy"
+
+
+def test_a_stage_maps_over_batches_also_inside_an_event_loop(tmp_path: Path) -> None:
+    lesions = lesion_set(tmp_path / "set", 7, lambda row: f"nodule {word(row)}")
+    rows = lesions.samples
+    files = LesionSet(lesions.root, ())
+    with TeacherServer(well) as server:
+        config = config_for(server.url, tmp_path / "cache", judge=True)
+        whole = list(describe_rows(lesions, rows, config, Ledger(tmp_path / "cache")))
+
+        async def batch(start: int) -> list[Outcome]:
+            config_there, ledger = pickle.loads(pickle.dumps((config, Ledger(tmp_path / "other", 1.0))))
+            return list(describe_rows(files, rows[start : start + 3], config_there, ledger))
+
+        parts = [outcome for start in (0, 3, 6) for outcome in asyncio.run(batch(start))]
+    assert [(each.sample, each.faults, each.scores) for each in parts] == [
+        (each.sample, each.faults, each.scores) for each in whole
+    ]
 
 
 # --- a whole set -----------------------------------------------------------------------------------------------------
@@ -562,3 +582,38 @@ def test_without_the_extra_the_way_out_is_named(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "pip install '.[build]'" in done.stderr
+
+
+# --- a real model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guided", [False, True], ids=["free", "guided by the schema"])
+def test_a_real_model_that_talks_nonsense_is_caught_every_time(tmp_path: Path, guided: bool) -> None:
+    from vlm_server import serve
+
+    from coreseg.testing_models import tiny_qwen_vl
+
+    root = write_phantom_set(tmp_path / "set", count=12, seed=7, size_wh=(64, 48))
+    lesions = LesionSet.open(root)
+    rows = len(lesions.samples)
+    with serve(tiny_qwen_vl(tmp_path / "model"), guided) as (url, model):
+        config = write_config(tmp_path / "t.toml", url, tmp_path / "cache", max_tokens=48, timeout_s=300.0)
+        done = run("data", "describe", root, "--out", tmp_path / "out", "--teacher", config)
+        requests, pictures = model.requests, model.pictures
+        again = run("data", "describe", root, "--out", tmp_path / "again", "--teacher", config)
+        assert model.requests == requests, "nonsense is paid for once, too"
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        print(f"\n{rows} rows, {requests} requests, {pictures} pictures: {report['because']} {report['met']}")
+        judged = run("data", "review", root, "--out", tmp_path / "reviewed", "--judge", config)
+    assert (done.exit_code, again.exit_code, judged.exit_code) == (1, 1, 1)
+    assert (report["kept"], report["set_aside"]) == (0, rows)
+    assert report["run"]["requests"] == requests >= 3 * rows and pictures >= rows
+    assert sum(report["met"].values()) >= 3 * rows, "each of three attempts"
+    aside = [json.loads(line) for line in (tmp_path / "out" / "set_aside.jsonl").read_text().splitlines()]
+    assert len(aside) == rows and all(row["reasons"] and row["attempts"] == 3 for row in aside)
+    assert (set(report["because"]) == {"unreadable"}) != guided
+    verdicts = json.loads((tmp_path / "reviewed" / "report.json").read_text())
+    assert verdicts["rows"] == rows == verdicts["kept"] + verdicts["set_aside"]
+    assert set(verdicts["because"]) <= ({"judge"} if guided else {"no reply"})
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "out")

@@ -39,8 +39,8 @@ class Prompt:
 
     @property
     def text_bytes(self) -> int:
-        """Length of the words. No tokenizer in use makes more tokens of them."""
-        return len(self.system.encode()) + len(self.user.encode())
+        """Length of the words, the schema's included. No tokenizer in use makes more tokens of them."""
+        return len(f"{self.system}{self.user}{json.dumps(self.schema)}".encode())
 
 
 class NoReplyError(Exception):
@@ -114,17 +114,7 @@ class Endpoint:
         return digest.hexdigest()
 
     async def _paid(self, key: str, prompt: Prompt, tally: Counter[str]) -> Reply:
-        """The reply over the network. Once one request has found that nothing is answered any more, none is sent."""
-        if self._stopped:
-            raise TeacherError(self._stopped)
-        try:
-            return await self._tried(key, prompt, tally)
-        except TeacherError as error:
-            self._stopped = str(error)
-            raise
-
-    async def _tried(self, key: str, prompt: Prompt, tally: Counter[str]) -> Reply:
-        """The reply, with further tries where one may help."""
+        """The reply over the network, with further tries where one may help."""
         messages = await asyncio.to_thread(_messages, prompt)
         failure = _Failure("", "")
         for trial in range(self.settings.retries + 1):
@@ -147,10 +137,11 @@ class Endpoint:
         self._fruitless += 1
         gone = failure.stops_all or (failure.kind == _UNREACHABLE and not self._known)
         if gone or self._fruitless > self.settings.in_flight:
-            raise TeacherError(
+            self._stopped = (
                 f"{self.settings.base_url}, model {self.settings.model}: {failure.text}. Check base_url, model and the "
                 f"key in {self.settings.key_env}, then run the same command again."
             )
+            raise TeacherError(self._stopped)
         raise NoReplyError(failure.text)
 
     async def _in_turn(self, key: str, prompt: Prompt, messages: list[Any]) -> "Reply | _Failure":
@@ -158,12 +149,15 @@ class Endpoint:
         async with self._slots:
             await self._pace.turn(prompt.text_bytes // 4 + self._image_tokens(prompt) + self.settings.max_tokens)
             while True:
+                if self._stopped:
+                    raise TeacherError(self._stopped)
                 # Shielded: a request that is out when the run is stopped is waited for, and its reply kept.
                 outcome = await asyncio.shield(asyncio.ensure_future(self._once(key, prompt, messages)))
                 if outcome is not None:
                     return outcome
                 if self._ledger.open_requests == 0:
-                    raise TeacherError(self._used_up(prompt))
+                    self._stopped = self._used_up(prompt)
+                    continue
                 await asyncio.sleep(0.05)
 
     async def _once(self, key: str, prompt: Prompt, messages: list[Any]) -> "Reply | _Failure | None":
@@ -236,7 +230,8 @@ class Endpoint:
 
     def _refusal(self, error: Any) -> "_Failure":
         """What a status of 400 or above means."""
-        status, text = error.status_code, f"{error.status_code}, {_one_line(error.message)}"
+        body = error.body if isinstance(error.body, dict) else {}
+        status, text = error.status_code, f"{error.status_code}, {_one_line(str(body.get('message') or error.message))}"
         if status == 429 and error.code != "insufficient_quota":
             return _Failure("rate limits", text, retry_after_s=_retry_after_s(error.response.headers))
         if status in (408, 409, 425) or status >= 500:
