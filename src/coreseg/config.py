@@ -283,7 +283,7 @@ def _as_type(value: Any, hint: Any, where: str) -> Any:
                 return tuple(items)
         if option == dict[str, float] and isinstance(value, dict) and all(map(_is_number, value.values())):
             return {key: float(number) for key, number in value.items()}
-    expected = " or ".join(_TYPE_NAMES[option] for option in options if option in _TYPE_NAMES)
+    expected = " or ".join(_TYPE_NAMES.get(option, "a table") for option in options if option is not type(None))
     raise ConfigError(f"{where} is {value!r}; expected {expected}")
 
 

@@ -33,9 +33,9 @@ class Request:
 
     @property
     def category(self) -> str:
-        return re.findall(r"around every (.+?)\.|shows no (.+?)\.|names the (.+?) in exactly", self.words)[0][
-            {"description": 0, "judgement": 0, "thought": 2}[self.kind]
-        ]
+        found = re.search(r"around every (.+?)\.|shows no (.+?)\.|names the (.+?) in exactly", self.words)
+        assert found
+        return next(filter(None, found.groups()))
 
     @property
     def turned_down(self) -> bool:

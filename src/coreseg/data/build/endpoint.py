@@ -39,8 +39,8 @@ class Prompt:
 
     @property
     def text_bytes(self) -> int:
-        """Length of the words. No tokenizer in use makes more tokens of them."""
-        return len(self.system.encode()) + len(self.user.encode())
+        """Length of the words, the schema's included. No tokenizer in use makes more tokens of them."""
+        return len(f"{self.system}{self.user}{json.dumps(self.schema)}".encode())
 
 
 class NoReplyError(Exception):
@@ -70,6 +70,7 @@ class Endpoint:
         self._pace = _Pace(settings.requests_per_minute, settings.tokens_per_minute)
         self._known = ledger.dearest(settings.model) is not None
         self._fruitless = 0
+        self._stopped = ""
         self._limit_field = "max_tokens"
         self._with_schema = settings.json_schema
 
@@ -94,12 +95,12 @@ class Endpoint:
         # The first request goes alone: a wrong key or address costs one error, not one for each of those in flight,
         # and its reply tells what others will cost.
         async with self._first:
-            if self._known:
-                return await self.ask(prompt, attempt, tally)
-            try:
-                return await self._paid(key, prompt, tally)
-            finally:
-                self._known = True
+            if not self._known:
+                try:
+                    return await self._paid(key, prompt, tally)
+                finally:
+                    self._known = True
+        return await self._paid(key, prompt, tally)
 
     def _key(self, prompt: Prompt, attempt: int) -> str:
         settings = self.settings
@@ -119,7 +120,7 @@ class Endpoint:
         for trial in range(self.settings.retries + 1):
             if trial:
                 tally["retries"] += 1
-                backoff_s = min(60.0, 2.0 ** (trial - 1)) * random.uniform(0.5, 1.0)
+                backoff_s = min(_LONGEST_BACKOFF_S, _BACKOFF_S * 2 ** (trial - 1)) * random.uniform(0.5, 1.0)
                 await asyncio.sleep(max(backoff_s, failure.retry_after_s))
             outcome = await self._in_turn(key, prompt, messages)
             tally["requests"] += 1
@@ -136,10 +137,11 @@ class Endpoint:
         self._fruitless += 1
         gone = failure.stops_all or (failure.kind == _UNREACHABLE and not self._known)
         if gone or self._fruitless > self.settings.in_flight:
-            raise TeacherError(
+            self._stopped = (
                 f"{self.settings.base_url}, model {self.settings.model}: {failure.text}. Check base_url, model and the "
                 f"key in {self.settings.key_env}, then run the same command again."
             )
+            raise TeacherError(self._stopped)
         raise NoReplyError(failure.text)
 
     async def _in_turn(self, key: str, prompt: Prompt, messages: list[Any]) -> "Reply | _Failure":
@@ -147,12 +149,15 @@ class Endpoint:
         async with self._slots:
             await self._pace.turn(prompt.text_bytes // 4 + self._image_tokens(prompt) + self.settings.max_tokens)
             while True:
+                if self._stopped:
+                    raise TeacherError(self._stopped)
                 # Shielded: a request that is out when the run is stopped is waited for, and its reply kept.
                 outcome = await asyncio.shield(asyncio.ensure_future(self._once(key, prompt, messages)))
                 if outcome is not None:
                     return outcome
                 if self._ledger.open_requests == 0:
-                    raise TeacherError(self._used_up(prompt))
+                    self._stopped = self._used_up(prompt)
+                    continue
                 await asyncio.sleep(0.05)
 
     async def _once(self, key: str, prompt: Prompt, messages: list[Any]) -> "Reply | _Failure | None":
@@ -225,7 +230,8 @@ class Endpoint:
 
     def _refusal(self, error: Any) -> "_Failure":
         """What a status of 400 or above means."""
-        status, text = error.status_code, f"{error.status_code}, {_one_line(error.message)}"
+        body = error.body if isinstance(error.body, dict) else {}
+        status, text = error.status_code, f"{error.status_code}, {_one_line(str(body.get('message') or error.message))}"
         if status == 429 and error.code != "insufficient_quota":
             return _Failure("rate limits", text, retry_after_s=_retry_after_s(error.response.headers))
         if status in (408, 409, 425) or status >= 500:
@@ -253,6 +259,9 @@ class Endpoint:
             "command with a larger --max-cost to go on."
         )
 
+
+_BACKOFF_S, _LONGEST_BACKOFF_S = 1.0, 60.0
+"""Wait before the first further try, doubled for each one more, with chance so that requests do not come in step."""
 
 _TEMPLATE_TOKENS = 64
 """What a server's chat template adds around the words, from above."""

@@ -46,6 +46,7 @@ _STRIPPED = tuple(
     for pattern in (
         # What stands in brackets around a number or around a word of the drawn line.
         rf" ?[(\[{{][^()\[\]{{}}]*(?:\d|{_DRAWN}|outline|contour|cyan)[^()\[\]{{}}]*[)\]}}]",
+        r" ?[(\[{](?:at|in|to|from|see|[ ,;x-])*[)\]}]",
         rf",? ?\b(?:measuring|spanning|covering|occupying) (?:about |approximately |around |roughly )?"
         rf"{_NUMBER}{_UNIT}?(?: ?(?:x|by|-|to) ?{_NUMBER}{_UNIT}?)*"
         r"(?: (?:in|across) (?:diameter|size|length|width|height))?",
@@ -202,7 +203,7 @@ def review_rows(
                 return replace(outcome, faults=(Fault("no reply", str(error)),))
             return replace(outcome, scores=scores, faults=tuple(faults))
 
-    yield from stream(review, samples, 16 * config.judge.in_flight, [judge])
+    yield from stream(review, samples, 16 * config.judge.in_flight, [judge.close])
 
 
 def _checked(

@@ -137,7 +137,7 @@ class Report:
     written: Mapping[str, int]
     scores: Mapping[str, float]
     spent: Spent | None
-    run: Mapping[str, float]
+    run: Mapping[str, float | int]
     settings: Mapping[str, Any]
 
     def text(self) -> str:
@@ -153,7 +153,7 @@ class Report:
         return "\n".join(lines)
 
 
-def _counted(counts: Mapping[str, float]) -> str:
+def _counted(counts: Mapping[str, float | int]) -> str:
     return (": " + ", ".join(f"{count:,.0f} {name}" for name, count in counts.items())) if counts else ""
 
 

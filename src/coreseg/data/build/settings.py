@@ -55,7 +55,7 @@ class EndpointSettings:
         """Whether a price is set."""
         return self.input_price > 0 or self.output_price > 0
 
-    def cost(self, input_tokens: float, output_tokens: float) -> float:
+    def cost(self, input_tokens: int, output_tokens: int) -> float:
         """The price of one request."""
         return (input_tokens * self.input_price + output_tokens * self.output_price) / 1e6
 

@@ -9,7 +9,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from coreseg.types import Sample
 
@@ -65,21 +65,17 @@ class Outcome:
     traffic: Counter[str] = field(default_factory=Counter)
 
 
-class Closing(Protocol):
-    """Something with connections."""
-
-    async def close(self) -> None:
-        """Close them."""
-
-
 def stream(
-    work: Callable[[Sample], Awaitable[Outcome]], samples: Iterable[Sample], window: int, closing: Sequence[Closing]
+    work: Callable[[Sample], Awaitable[Outcome]],
+    samples: Iterable[Sample],
+    window: int,
+    closing: Sequence[Callable[[], Awaitable[None]]],
 ) -> Generator[Outcome]:
     """The outcomes of `work` on each row, in order, with at most `window` rows begun and not yet handed out.
 
     An event loop in a thread of its own does the work, so it goes on while the caller uses what came, and callers may
     have a loop themselves. Whatever ends the iteration, rows not finished are dropped, requests that are out are
-    waited for, and `closing` is closed.
+    waited for, and `closing` is called.
     """
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -105,9 +101,9 @@ async def _awaited(work: Callable[[Sample], Awaitable[Outcome]], sample: Sample)
     return await work(sample)
 
 
-async def _wind_down(closing: Sequence[Closing]) -> None:
+async def _wind_down(closing: Sequence[Callable[[], Awaitable[None]]]) -> None:
     others = asyncio.all_tasks() - {asyncio.current_task()}
     await asyncio.gather(*others, return_exceptions=True)
-    for each in closing:
-        await each.close()
+    for close in closing:
+        await close()
     await asyncio.get_running_loop().shutdown_default_executor()

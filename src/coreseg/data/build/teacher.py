@@ -50,7 +50,7 @@ def describe_rows(
                 return Outcome(sample, (Fault("picture", str(error)),))
             return await _Author(sample, picture, facts, teacher, judge, config.attempts).outcome()
 
-    yield from stream(describe, samples, 16 * in_flight, [each for each in (teacher, judge) if each])
+    yield from stream(describe, samples, 16 * in_flight, [each.close for each in (teacher, judge) if each])
 
 
 def _look(pictures: LesionSet, sample: Sample, image_px: int) -> tuple[UInt8[np.ndarray, "rows columns 3"], Facts]:
@@ -118,11 +118,15 @@ class _Author:
         if isinstance(said, Fault):
             self._earlier = ""
             return [said]
-        self._earlier = said.lesion
         faults = pixel_faults(said.lesion, self._facts)
-        if not faults:
-            self._description, self._earlier, self._faults = said, "", []
-        return faults
+        if faults:
+            self._earlier = said.lesion
+            return faults
+        self._description = said
+        # What the judge found is for the second prompt too; anything else was about the description alone.
+        if any(fault.kind != "judge" for fault in self._faults):
+            self._earlier, self._faults = "", []
+        return []
 
     async def _think(self, attempt: int) -> list[Fault]:
         assert self._description is not None
