@@ -32,7 +32,14 @@ PANELS = {
     "box": "largest box, % of the image",
     "mask": "mask, % of the image",
 }
-SHARES = ("several boxes", "a box around everything", "one sentence", "different texts", "called found")
+SHARES = (
+    "several boxes",
+    "a box around everything",
+    "one sentence",
+    "different texts",
+    "anatomy named",
+    "called found",
+)
 Values = Mapping[str, np.ndarray]
 
 
@@ -47,7 +54,12 @@ def reasoning_of(record: Record) -> str:
     return record.text.split("<think>")[-1].split("</think>")[0].strip()
 
 
-def described(name: str, texts: list[str], values: Values, asked: int) -> str:
+def names(text: str, anatomy: str) -> bool:
+    """Whether the reasoning's first sentence, which says what picture it is, names the picture's anatomy."""
+    return anatomy.lower() in text.split(".")[0].lower()
+
+
+def described(name: str, texts: list[str], anatomies: list[str], values: Values, asked: int) -> str:
     """A row of the table: the values, and what a collapse would show."""
     spans = (np.quantile(values[panel], [0.5, 0.1, 0.9]) for panel in PANELS)
     shares = (
@@ -55,6 +67,7 @@ def described(name: str, texts: list[str], values: Values, asked: int) -> str:
         np.mean(values["box"] > WHOLE),
         np.mean(["." not in text.rstrip(".") for text in texts]),
         len(set(texts)) / len(texts),
+        np.mean([names(text, anatomy) for text, anatomy in zip(texts, anatomies, strict=True)]),
         len(texts) / asked,
     )
     cells = [f"{middle:.3g} [{low:.3g}, {high:.3g}]" for middle, low, high in spans]
@@ -94,10 +107,10 @@ if __name__ == "__main__":
     headings = ["", *PANELS.values(), *SHARES]
     print("| " + " | ".join(headings) + " |\n" + "|---" * len(headings) + "|")
 
-    def side(name: str, texts: list[str], shapes: list[tuple[float, ...]], asked: int) -> None:
+    def side(name: str, texts: list[str], shapes: list[tuple[float, ...]], shown: list[Record], asked: int) -> None:
         """Print one row and keep its values for the picture."""
         sides[name] = dict(zip(PANELS, np.array(shapes, dtype=float).T, strict=True))
-        print(described(name, texts, sides[name], asked))
+        print(described(name, texts, [record.anatomy for record in shown], sides[name], asked))
 
     for number, folder in enumerate(options.evaluations):
         (run,) = read_side("EVALUATION", [folder])
@@ -109,12 +122,12 @@ if __name__ == "__main__":
         if not number:
             known = [(record, rows[record.file_name, record.mask_file_name]) for record in asked]
             references = [shape(s.reasoning, s.boxes, r.lesion_share, area[r.file_name]) for r, s in known]
-            side("references", [sample.reasoning for _, sample in known], references, len(asked))
+            side("references", [sample.reasoning for _, sample in known], references, asked, len(asked))
         found = [record for record in asked if record.valid and record.found]
         texts = [reasoning_of(record) for record in found]
         shapes = [
             shape(text, record.boxes, record.predicted_share, area[record.file_name])
             for text, record in zip(texts, found, strict=True)
         ]
-        side(folder.parent.name if folder.name == "evaluation" else folder.name, texts, shapes, len(asked))
+        side(folder.parent.name if folder.name == "evaluation" else folder.name, texts, shapes, found, len(asked))
     draw(sides, options.out)

@@ -27,7 +27,10 @@ app.add_typer(train_app, name="train")
 PICTURES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
 
 ModelOption = Annotated[
-    str, typer.Option("--model", help="'nano', a checkpoint folder, a training run's folder, or a hub name OWNER/NAME.")
+    str,
+    typer.Option(
+        "--model", help="'nano', 'nano-sft' (before stage 2), a checkpoint or run folder, or a hub name OWNER/NAME."
+    ),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1…; default: a GPU if there is one.")

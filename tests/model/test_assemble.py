@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from coreseg.answer import SEG_TOKEN
 from coreseg.errors import InputError, ModelError
+from coreseg.model import assemble as assemble_module
 from coreseg.model.assemble import assemble, export, find_checkpoint, freeze_all_but_heads, load_parts
 from coreseg.model.core_seg import CoreSeg, CoreSegConfig
 from coreseg.model.processor import CoreSegProcessor
@@ -150,6 +151,23 @@ def test_a_run_folder_gives_its_best_state(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path) == tmp_path / "best"
     assert isinstance(find_checkpoint("owner/name"), str)
     assert find_checkpoint("nano") != Path("nano")
+
+
+def test_nano_sft_is_nano_but_for_what_stage_2_trained() -> None:
+    nano, before = (load_parts(name)[0].state_dict() for name in ("nano", "nano-sft"))
+    moved = {name for name, tensor in nano.items() if not torch.equal(tensor, before[name])}
+    assert moved and not any("vision" in name or name.startswith("segmenter.prompt_encoder") for name in moved)
+    # The very state that the comparisons in docs/results.md start from.
+    total = sum(float(tensor.double().abs().sum()) for tensor in before.values())
+    assert total == pytest.approx(1692956.4788262171, rel=1e-9)
+
+
+def test_damaged_differences_are_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    find = assemble_module.find_checkpoint
+    monkeypatch.setattr(assemble_module, "find_checkpoint", lambda name: tmp_path if name == "nano-sft" else find(name))
+    with pytest.raises(ModelError, match="nano-sft: cannot be loaded"):
+        load_parts("nano-sft")
 
 
 def test_devices_and_precisions_that_are_none_are_refused(joined: Build) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -19,6 +20,8 @@ from coreseg.model.core_seg import SEGMENTER_FAMILY, CoreSeg, CoreSegConfig, Pro
 from coreseg.model.processor import CoreSegProcessor
 
 EMBEDDED = "nano"
+EMBEDDED_SFT = "nano-sft"
+"""nano as stage 1 left it, kept as the tensors in which it differs from nano."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -107,8 +110,8 @@ def find_checkpoint(name_or_path: str | Path) -> Path | str:
 
     Raises ModelError for a path that is not there.
     """
-    if str(name_or_path) == EMBEDDED:
-        return Path(str(resources.files("coreseg.nano"))) / "weights"
+    if str(name_or_path) in (EMBEDDED, EMBEDDED_SFT):
+        return Path(str(resources.files("coreseg.nano"))) / ("weights" if str(name_or_path) == EMBEDDED else "sft")
     path = Path(name_or_path)
     if (path / "best" / "config.json").is_file():
         return path / "best"
@@ -122,7 +125,7 @@ def find_checkpoint(name_or_path: str | Path) -> Path | str:
     if len(parts) != 2 or str(name_or_path).startswith((".", "/", "~")):
         raise ModelError(
             f"unknown model {str(name_or_path)!r}; "
-            "expected 'nano', a checkpoint or run folder, or a hub name OWNER/NAME"
+            "expected 'nano', 'nano-sft', a checkpoint or run folder, or a hub name OWNER/NAME"
         )
     return str(name_or_path)
 
@@ -131,6 +134,10 @@ def load_parts(name_or_path: str | Path, dtype: torch.dtype | None = None) -> tu
     """Model (float32 unless told otherwise) and processor of a checkpoint. Raises ModelError where it is none."""
     place = find_checkpoint(name_or_path)
     try:
+        if str(name_or_path) == EMBEDDED_SFT:
+            model, processor = load_parts(EMBEDDED, dtype)
+            model.load_state_dict(model.state_dict() | load_file(Path(place) / "model.safetensors"))
+            return model, processor
         kind = AutoConfig.from_pretrained(place).model_type if isinstance(place, str) else _kind(place)
         if kind != CoreSegConfig.model_type:
             raise ModelError(
