@@ -92,7 +92,7 @@ def _with(ledger: Any) -> dict[str, Any]:
     return {"ledger": ledger} if ledger else {}
 
 
-def _batch(stage: Stage, ledger: Any, batch: dict[str, Any]) -> dict[str, list[bytes]]:
+def _batch(stage: RowStage, ledger: Any, batch: dict[str, Any]) -> dict[str, list[bytes]]:
     samples = [parse_row(row, "a row that Ray handed on") for row in batch["row"]]
     return {"outcome": [pickle.dumps(outcome) for outcome in stage(samples, **_with(ledger))]}
 
