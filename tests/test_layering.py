@@ -35,6 +35,7 @@ SIDEWAYS = {
     ("statements", "masks"),
     ("evaluate", "data"),
     ("train", "data"),
+    ("train", "evaluate"),
 }
 # (importer, imported) against the direction, and only inside a function.
 UPWARDS = {

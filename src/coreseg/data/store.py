@@ -11,6 +11,8 @@ Source: our choice (the paper's metadata per sample, plus source, licence, case 
 """
 
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -24,6 +26,7 @@ from coreseg.imaging import read_header, read_image, read_mask
 from coreseg.types import Box, Sample
 
 METADATA = "metadata.jsonl"
+SOURCES = "sources.json"
 SPLITS = ("train", "val", "test")
 
 _FIELDS = tuple(field.name for field in fields(Sample))
@@ -112,6 +115,24 @@ def write_set(root: Path, samples: Sequence[Sample]) -> None:
         _parse_row(line, f"{root / METADATA} row {number}")
     _refuse_repeats(samples, range(1, len(samples) + 1), root / METADATA)
     (root / METADATA).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+def copy_rows(lesion_set: LesionSet, samples: Sequence[Sample], root: Path) -> None:
+    """Write some rows of a set as a set of their own in `root`, with its `sources.json`.
+
+    Pictures and masks are hard links where the file system has them, so that they take no space; else copies. Raises
+    DataError where a file is missing.
+    """
+    names = dict.fromkeys(name for sample in samples for name in (sample.file_name, sample.mask_file_name))
+    if (lesion_set.root / SOURCES).is_file():
+        names[SOURCES] = None
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(lesion_set._file(name), root / name)
+        except OSError:
+            shutil.copyfile(lesion_set._file(name), root / name)
+    write_set(root, samples)
 
 
 def _read_text(path: Path) -> str:
