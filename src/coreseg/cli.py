@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -508,6 +508,9 @@ def data_filter(
         bool, typer.Option("--drop-lesion-free", help="Leave out rows without a lesion; they are kept otherwise.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of folds, trainings and ties.")] = 0,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Models trained at a time, each on one core; 1: one on all cores, or the GPU.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print what filter.json holds instead of text.")] = False,
     device: DeviceOption = None,
 ) -> None:
@@ -528,12 +531,14 @@ def data_filter(
     )  # fmt: skip
     lesions, progress = LesionSet.open(dataset), sys.stderr.isatty()
 
-    def train(*fold: Any) -> list[float]:
-        from coreseg.train.baselines import train_fold
+    if proxy or scores:
+        report = filter_set(lesions, out, settings, scores=scores, progress=progress)
+    else:
+        from coreseg.train.baselines import fold_runner, train_fold
 
-        return train_fold(*fold, device=device or "cpu", progress=progress)
-
-    report = filter_set(lesions, out, settings, train, scores=scores, progress=progress)
+        train = partial(train_fold, device=device, progress=progress and jobs == 1)
+        with fold_runner(jobs) as run:
+            report = filter_set(lesions, out, settings, train, run=run, progress=progress)
     typer.echo(json.dumps(report.summary, indent=1) if as_json else report.text())
 
 

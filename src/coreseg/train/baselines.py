@@ -9,10 +9,14 @@ Our choice throughout: the paper names a U-Net for its filter and says no more o
 
 import json
 import math
+import multiprocessing
 import os
+import threading
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from coreseg.data.build.difficulty import Fold
-from coreseg.data.build.filter import FilterSettings
+from coreseg.data.build.filter import FilterSettings, RunFolds
 from coreseg.data.store import LesionSet
 from coreseg.errors import MissingExtraError, TrainingError
 from coreseg.evaluate.trained import TrainedBaseline, UNetBaseline
@@ -58,8 +62,8 @@ class Rows:
 class Budget:
     """How long a baseline trains: so many steps or minutes of processor time, whichever ends first."""
 
-    steps: float = math.inf
-    minutes: float = math.inf
+    steps: int | float = math.inf
+    minutes: int | float = math.inf
 
     def spent(self, step: int, minutes: float) -> float:
         """The share that is used up; training ends at 1."""
@@ -210,19 +214,20 @@ def train_fold(
     work: Path,
     fold: Fold,
     *,
-    device: str = "cpu",
+    device: str | None = None,
     progress: bool = True,
 ) -> list[float]:
     """Train one U-Net on the fold's other rows, and give the Dice of each row held out, in their order.
 
-    The Dice is that of the mask at the picture's own size. Everything depends on the settings and the fold alone, as
-    long as they set no limit of time. `work` holds the state of a training that was stopped.
+    The Dice is that of the mask at the picture's own size. It depends on the settings and the fold alone, as long as
+    they set no limit of time, and up to the rounding of the machine. `work` holds the state of a training that was
+    stopped. By default it trains on the GPU where there is one.
     """
     key = zlib.crc32(f"{settings.seed} {fold.name}".encode())
     torch.manual_seed(key)
     categories = sorted({sample.category for sample in fold.train})
     model, groups = build_unet(categories, settings.size_px, pretrained=settings.network == "pretrained")
-    model.to(device)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = load_rows([(lesions, sample) for sample in fold.train], categories, settings.size_px, progress)
     counts = Counter(sample.source for sample in fold.train)
     weights = np.array([counts[sample.source] ** -0.5 for sample in fold.train])
@@ -247,3 +252,27 @@ def train_fold(
 def _dices(model: TrainedBaseline, lesions: LesionSet, samples: Sequence[Sample]) -> list[float]:
     results = model.predict(samples, [lesions.image(sample) for sample in samples], [""] * len(samples))
     return [dice(result.mask, lesions.mask(sample)) for result, sample in zip(results, samples, strict=True)]
+
+
+@contextmanager
+def fold_runner(jobs: int) -> Iterator[RunFolds]:
+    """What trains so many folds at a time, each in a process of one thread, which suits small models best."""
+    if jobs == 1:
+        yield map
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start_worker) as pool:
+        yield pool.map
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    # A killed run would leave workers behind that train on, and write where the next run does.
+    threading.Thread(target=follow, daemon=True).start()

@@ -36,7 +36,7 @@ MIN_TAIL = 10
 MIN_BULGE = 0.1
 """A knee lies so far above the straight line from the hardest to the easiest row, both axes scaled to 1; below, noise
 makes knees of its own."""
-MAX_FITTED = 2000
+MAX_FITTED = 1000
 """Of more rows, so many in equal steps through the sorted ones are fitted: the libraries take quadratic time."""
 
 

@@ -106,6 +106,11 @@ class Score:
     ease: float | None
     kept: bool = False
 
+    @property
+    def value(self) -> float | None:
+        """What the row was judged by: Dice or ease, both higher for easier rows."""
+        return self.dice if self.ease is None else self.ease
+
 
 @dataclass(frozen=True)
 class FilterReport:
@@ -121,10 +126,9 @@ class FilterReport:
         free = told["lesion_free"]
         if free["in"]:
             lines.append(f"{free['out']} of {free['in']} rows without a lesion are among them: they have no score")
-        lines += [
-            f"{name}: {cut['out']} of {cut['in']}, up to {cut['threshold']:.3f}: {cut['rule']}"
-            for name, cut in told["cuts"].items()
-        ]
+        for name, cut in told["cuts"].items():
+            limit = "" if cut["threshold"] is None else f", up to {cut['threshold']:.3f}"
+            lines.append(f"{name}: {cut['out']} of {cut['in']}{limit}: {cut['rule']}")
         return "\n".join(lines)
 
 
@@ -132,7 +136,7 @@ def filter_set(
     lesions: LesionSet,
     out: Path,
     settings: FilterSettings,
-    train_fold: TrainFold,
+    train_fold: TrainFold | None = None,
     *,
     scores: Path | None = None,
     run: RunFolds = map,
@@ -140,9 +144,10 @@ def filter_set(
 ) -> FilterReport:
     """Write the hard rows of a set to `out`, a set of its own, with `scores.jsonl`, `filter.json` and `curves/`.
 
-    `scores` is such a file of an earlier run, whose scores are taken instead of training again. `run` maps the training
-    over the folds, here or on other machines. A run that was killed goes on when it
-    is called again with the same settings, from the folder `.NAME.filtering` beside `out`.
+    `train_fold` is `coreseg.train.baselines.train_fold`, or what stands in for it; not needed with a proxy, nor with
+    `scores`: such a file of an earlier run, whose scores are taken instead of training again. `run` maps the training
+    over the folds, here or on other machines. A run that was killed goes on when it is called again with the same
+    settings, from the folder `.NAME.filtering` beside `out`.
 
     Raises DataError where `out` is not empty, no row has a lesion, cases are too few for folds, `scores` do not fit the
     set, or something cannot be written; ConfigError where an unfinished run had other settings; MissingExtraError where
@@ -160,6 +165,7 @@ def filter_set(
         elif settings.proxy:
             scored = _proxy(lesions, progress)
         else:
+            assert train_fold is not None
             scored = _trained(lesions, settings, train_fold, work, run, progress)
         decided, cuts = _decided(scored, settings)
         staging = work / "set"
@@ -335,15 +341,11 @@ def _decided(scores: Sequence[Score], settings: FilterSettings) -> tuple[list[Sc
     kept = np.array([not score.group and not settings.drop_lesion_free for score in scores])
     cuts: dict[str, Decision] = {}
     for name, rows in sorted(rows_of.items()):
-        values = np.array([_value(scores[row]) for row in rows], dtype=float)
+        values = np.array([scores[row].value for row in rows], dtype=float)
         share = settings.keep_share or None
         cuts[name] = decide(values, keep_share=share, fit_from=settings.pool_under, seed=settings.seed)
         kept[rows] = cuts[name].kept
     return [replace(score, kept=bool(keep)) for score, keep in zip(scores, kept, strict=True)], cuts
-
-
-def _value(score: Score) -> float | None:
-    return score.dice if score.ease is None else score.ease
 
 
 def _summary(
@@ -408,7 +410,7 @@ def _write(
     _write_text(root / SUMMARY, json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
     (root / CURVES).mkdir()
     for number, (name, cut) in enumerate(cuts.items(), start=1):
-        values = [_value(score) for score in scores if score.group and name in (score.group, score.source)]
+        values = [score.value for score in scores if score.group and name in (score.group, score.source)]
         # Capitals, as loaders take words such as "test" in a picture's name for a split.
         safe = re.sub(r"\W+", "_", name).strip("_").upper()
         save_curve(root / CURVES / f"{number:02d}_{safe}.png", name, np.array(values, dtype=float), cut)
