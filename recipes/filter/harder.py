@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from coreseg.data.build.filter import read_scores
+from coreseg.data.build.scores import read_scores
 from coreseg.data.store import LesionSet
 from coreseg.metrics import macro_bootstrap_interval, macro_mean
 

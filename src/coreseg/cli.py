@@ -522,7 +522,8 @@ def data_filter(
 
     Example: coreseg data filter lesions --out hard
     """
-    from coreseg.data.build.filter import FilterSettings, filter_set
+    from coreseg.data.build.filter import filter_set
+    from coreseg.data.build.scores import FilterSettings
     from coreseg.data.store import LesionSet
 
     settings = FilterSettings(

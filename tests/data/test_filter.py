@@ -19,7 +19,8 @@ from coreseg.cli import app
 from coreseg.data.build import filter as stage
 from coreseg.data.build.curves import save_curve
 from coreseg.data.build.difficulty import POOL, Fold
-from coreseg.data.build.filter import FilterSettings, filter_set, read_scores
+from coreseg.data.build.filter import filter_set
+from coreseg.data.build.scores import FilterSettings, read_scores
 from coreseg.data.store import LesionSet, copy_rows, write_set
 from coreseg.errors import ConfigError, CoreSegError, DataError, MissingExtraError
 from coreseg.testing import write_phantom_set
@@ -307,7 +308,11 @@ def test_a_full_disk_is_one_error_and_leaves_no_set(
 
     monkeypatch.setattr(stage, where, full)
     assert "No space left" in refusal(DataError, lambda: run(lesions, tmp_path / "hard"))
-    assert not (tmp_path / "hard").exists()
+    kept = sorted(path.name for path in (tmp_path / ".hard.filtering").iterdir())
+    assert not (tmp_path / "hard").exists() and kept == ["folds.jsonl", "run.json"], "what took time is kept, no more"
+    proxy = FilterSettings(proxy=True)
+    assert "No space left" in refusal(DataError, lambda: run(lesions, tmp_path / "other", proxy))
+    assert [path.name for path in tmp_path.iterdir()] == [".hard.filtering"]
 
 
 def test_a_set_without_lesions_has_no_difficulty(lesions: LesionSet, tmp_path: Path) -> None:
@@ -370,6 +375,12 @@ def test_a_missing_library_is_named_before_any_work(
     assert "needs segmentation-models-pytorch;" in message
     told = run(lesions, tmp_path / "hard", replace(SETTINGS, keep_share=0.5)).summary
     assert told["settings"]["network"] == "plain", "what is there is taken, and told"
+
+
+def test_a_row_whose_mask_is_empty_against_its_boxes_is_one_error(lesions: LesionSet, tmp_path: Path) -> None:
+    broken = replace(lesions, samples=tuple(replace(row, boxes=((4, 4, 6, 8),)) for row in lesions.samples))
+    message = refusal(DataError, lambda: run(broken, tmp_path / "hard", FilterSettings(proxy=True)))
+    assert "masks/17.png: the mask is empty" in message and "data check" in message
 
 
 def test_a_proxy_and_scores_exclude_each_other(lesions: LesionSet, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from coreseg.data.build.difficulty import Fold, split_folds
-from coreseg.data.build.filter import FilterSettings, filter_set, read_scores
+from coreseg.data.build.filter import filter_set
+from coreseg.data.build.scores import FilterSettings, read_scores
 from coreseg.data.store import LesionSet, write_set
 from coreseg.errors import MissingExtraError, TrainingError
 from coreseg.evaluate.trained import TrainedBaseline, UNetBaseline

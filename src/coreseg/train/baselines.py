@@ -7,6 +7,7 @@ the pictures is not charged.
 Our choice throughout: the paper names a U-Net for its filter and says no more of it.
 """
 
+import io
 import json
 import math
 import multiprocessing
@@ -28,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from coreseg.data.build.difficulty import Fold
-from coreseg.data.build.filter import FilterSettings, RunFolds
+from coreseg.data.build.scores import FilterSettings, RunFolds
 from coreseg.data.store import LesionSet
 from coreseg.errors import MissingExtraError, TrainingError
 from coreseg.evaluate.trained import TrainedBaseline, UNetBaseline
@@ -203,8 +204,9 @@ def _require_number(loss: float, step: int, description: str) -> None:
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
-    part = path.with_suffix(".part")
-    torch.save(state, part)
+    part, whole = path.with_suffix(".part"), io.BytesIO()
+    torch.save(state, whole)  # itself it does not raise OSError on a full disk
+    part.write_bytes(whole.getbuffer())
     os.replace(part, path)  # a run may be killed at any moment
 
 
@@ -223,8 +225,8 @@ def train_fold(
     they set no limit of time, and up to the rounding of the machine. `work` holds the state of a training that was
     stopped. By default it trains on the GPU where there is one.
     """
-    key = zlib.crc32(f"{settings.seed} {fold.name}".encode())
-    torch.manual_seed(key)
+    seed = zlib.crc32(f"{settings.seed} {fold.name}".encode())
+    torch.manual_seed(seed)
     categories = sorted({sample.category for sample in fold.train})
     model, groups = build_unet(categories, settings.size_px, pretrained=settings.network == "pretrained")
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -237,8 +239,8 @@ def train_fold(
         rows,
         weights / weights.sum(),
         Budget(settings.steps, settings.minutes_per_fold or math.inf),
-        work / f"fold-{key:08x}",
-        seed=key,
+        work / fold.key,
+        seed=seed,
         description=fold.name,
         progress=progress,
     )

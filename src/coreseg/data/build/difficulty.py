@@ -19,6 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -56,6 +57,11 @@ class Fold:
     def name(self) -> str:
         """Group and number, from 1, in words."""
         return f"{self.group}, fold {self.number + 1}"
+
+    @property
+    def key(self) -> str:
+        """A name for its files."""
+        return f"fold-{crc32(self.name.encode()):08x}"
 
 
 def group_rows(samples: Sequence[Sample], pool_under: int, folds: int) -> dict[str, list[Sample]]:
