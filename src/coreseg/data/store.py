@@ -27,6 +27,7 @@ from coreseg.imaging import read_header, read_image, read_mask
 from coreseg.types import Box, Sample
 
 METADATA = "metadata.jsonl"
+SOURCES = "sources.json"
 SPLITS = ("train", "val", "test")
 
 _FIELDS = tuple(field.name for field in fields(Sample))
@@ -144,6 +145,32 @@ def write_set(root: Path, samples: Sequence[Sample]) -> None:
 def row_line(sample: Sample) -> str:
     """A row as `metadata.jsonl` holds it, without the line's end."""
     return json.dumps(asdict(sample), ensure_ascii=False)
+
+
+def copy_rows(lesion_set: LesionSet, samples: Sequence[Sample], root: Path) -> None:
+    """Write some rows of a set as a set of their own in `root`, with its `sources.json`.
+
+    Raises DataError where a file is missing.
+    """
+    names = dict.fromkeys(name for sample in samples for name in (sample.file_name, sample.mask_file_name))
+    if (lesion_set.root / SOURCES).is_file():
+        names[SOURCES] = None
+    for name in names:
+        share_file(lesion_set._file(name), root / name)
+    write_set(root, samples)
+
+
+def share_file(source: Path, target: Path) -> None:
+    """Put a file at another place too, by a hard link, which takes no room, or where there are none by a copy.
+
+    Nothing in this package ever changes a picture in place.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        try:
+            os.link(source.resolve(), target)
+        except OSError:
+            shutil.copyfile(source, target)
 
 
 def _read_text(path: Path) -> str:

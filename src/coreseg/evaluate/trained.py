@@ -78,27 +78,24 @@ class TrainedBaseline(nn.Module):
 class UNetBaseline(TrainedBaseline):
     """A U-Net with one output channel a category; one that training lacked gets the maximum over all channels.
 
-    `config["encoder"]` is timm's name of its backbone. Source: U-Net (arXiv 1505.04597) as in
-    `segmentation_models_pytorch`, on a pretrained backbone whose batch statistics are kept. Our choice: the rest.
-    Raises MissingExtraError where that package is not installed.
+    `config["encoder"]` is timm's name of its backbone, or None for MONAI's U-Net, which has none that is pretrained.
+    Source: U-Net (arXiv 1505.04597) as in `segmentation_models_pytorch`, on a pretrained backbone whose batch
+    statistics are kept, or as in MONAI with residual units. Our choice: the rest. Raises MissingExtraError where the
+    package is not installed.
     """
 
     name = "unet"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        try:
-            from segmentation_models_pytorch import Unet
-        except ImportError as error:
-            raise MissingExtraError(
-                "the U-Net baseline needs segmentation-models-pytorch; in a clone: pip install '.[baselines]'"
-            ) from error
-        self.unet = Unet("tu-" + config["encoder"], encoder_weights=None, classes=len(self.categories))
+        channels = len(self.categories)
+        self.unet = _backbone_unet(config["encoder"], channels) if config["encoder"] else _monai_unet(channels)
 
     def train(self, mode: bool = True) -> "UNetBaseline":
-        """As always, but the encoder's batch statistics stay those of its pretraining."""
+        """As always, but the batch statistics of a pretrained encoder stay those of its pretraining."""
         super().train(mode)
-        self.unet.encoder.eval()
+        if self.config["encoder"]:
+            self.unet.encoder.eval()
         return self
 
     def mask_logits(
@@ -108,6 +105,24 @@ class UNetBaseline(TrainedBaseline):
         channels = self.unet(pixels.contiguous(memory_format=torch.channels_last))
         asked = channels[torch.arange(len(numbers)), numbers]
         return torch.where((numbers < 0)[:, None, None], channels.amax(dim=1), asked)
+
+
+def _backbone_unet(encoder: str, channels: int) -> Any:
+    try:
+        from segmentation_models_pytorch import Unet
+    except ImportError as error:
+        raise MissingExtraError(
+            "the U-Net baseline needs segmentation-models-pytorch; in a clone: pip install '.[baselines]'"
+        ) from error
+    return Unet("tu-" + encoder, encoder_weights=None, classes=channels)
+
+
+def _monai_unet(channels: int) -> Any:
+    try:
+        from monai.networks.nets.unet import UNet
+    except ImportError as error:
+        raise MissingExtraError("the plain U-Net needs monai; in a clone: pip install '.[build]'") from error
+    return UNet(2, 3, channels, channels=(16, 32, 64, 128, 256), strides=(2, 2, 2, 2), num_res_units=2)
 
 
 class CategoryPrompt(TrainedBaseline):

@@ -25,8 +25,9 @@ from coreseg import config as settings_files
 from coreseg.config import require
 from coreseg.data.build.card import Rejected, Stage, write_card
 from coreseg.data.build.engine import ENGINES
-from coreseg.data.build.filter import SUMMARY, FilterSettings, filter_set
+from coreseg.data.build.filter import SUMMARY, filter_set
 from coreseg.data.build.run import REPORT, SET_ASIDE, describe_set, review_set
+from coreseg.data.build.scores import FilterSettings
 from coreseg.data.build.settings import TeacherConfig
 from coreseg.data.manifest import write_manifest
 from coreseg.data.store import LesionSet, copy_rows, new_set, parse_row

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from coreseg.data.sources import SOURCES
-from coreseg.data.store import SPLITS, LesionSet
+from coreseg.data.store import SOURCES, SPLITS, LesionSet
 from coreseg.imaging import overlay
 from coreseg.types import Sample
 

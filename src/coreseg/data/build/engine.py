@@ -1,13 +1,14 @@
 """Who runs a stage on a set's rows: this process, or a Ray cluster.
 
-A stage is a function from rows to outcomes (`coreseg.data.build.stage`), so both run the same code. On a cluster rows go
-out in batches and outcomes come back in the rows' order; a batch whose machine is lost is given to another one. Every
-machine must see the data set, and the ledger's folder lies on the one that started the build, which answers for it.
+A stage is a function from rows to outcomes (`coreseg.data.build.stage`), so both run the same code. On a cluster rows
+go out in batches and outcomes come back in the rows' order; a batch whose machine is lost is given to another one. Every
+machine must see the data set; the ledger stays with the one that started the build, which answers the others.
 
 Ray Data deals the batches out, a Ray actor holds the ledger: nothing here schedules anything itself.
 """
 
 import json
+import logging
 import pickle
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -28,7 +29,8 @@ BATCH_ROWS = 64
 RowStage = Callable[..., Iterable[Outcome]]
 """Called with the rows, and `ledger` where it has one."""
 
-Work, Made = TypeVar("Work"), TypeVar("Made")
+Work = TypeVar("Work")
+Made = TypeVar("Made")
 
 
 class Here:
@@ -81,7 +83,7 @@ def _joined() -> Any:
     except ImportError as error:
         raise MissingExtraError('engine = "ray" needs Ray; in a clone: pip install ".[cluster]"') from error
     if not ray.is_initialized():
-        ray.init(logging_level="ERROR", include_dashboard=False)
+        ray.init(logging_level=logging.ERROR, include_dashboard=False)
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False  # ours is there already
@@ -110,13 +112,16 @@ class _SharedLedger(Ledger):
         return _SharedLedger, (self.folder, self.max_cost, self._actor)
 
     def find(self, key: str) -> Reply | None:
-        return self._asked("find", key)
+        kept: Reply | None = self._asked("find", key)
+        return kept
 
     def dearest(self, model: str) -> float | None:
-        return self._asked("dearest", model)
+        cost: float | None = self._asked("dearest", model)
+        return cost
 
     def spent(self) -> Spent:
-        return self._asked("spent")
+        spent: Spent = self._asked("spent")
+        return spent
 
     def reserve(self, cost: float) -> bool:
         taken: bool = self._asked("reserve", cost)

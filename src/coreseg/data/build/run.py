@@ -6,7 +6,6 @@ OUT/report.json        counts, scores, traffic and money
 """
 
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -23,8 +22,7 @@ from coreseg.data.build.engine import HERE, Here, RowStage
 from coreseg.data.build.ledger import Ledger, Spent
 from coreseg.data.build.settings import TeacherConfig
 from coreseg.data.build.stage import Outcome
-from coreseg.data.sources import SOURCES
-from coreseg.data.store import METADATA, LesionSet, row_line
+from coreseg.data.store import METADATA, SOURCES, LesionSet, row_line, share_file
 from coreseg.errors import DataError, TeacherError
 
 SET_ASIDE = "set_aside.jsonl"
@@ -34,8 +32,7 @@ REPORT = "report.json"
 class DerivedSet:
     """A new data set made of another one's rows and pictures, in `out` once the `with` block ends well, or nowhere.
 
-    Pictures are hard links, which take no room: nothing in this package ever changes a picture in place. Where the
-    file system has none they are copied. Raises DataError where `out` is not empty or cannot be written.
+    Raises DataError where `out` is not empty or cannot be written.
     """
 
     def __init__(self, source: LesionSet, out: Path) -> None:
@@ -71,7 +68,7 @@ class DerivedSet:
                 self._others.write(_aside_line(outcome) + "\n")
                 return
             for name in (outcome.sample.file_name, outcome.sample.mask_file_name):
-                self._share(name)
+                share_file(self._source / name, self._staging / name)
             self._rows.write(row_line(outcome.sample) + "\n")
 
     def report(self, report: "Report") -> None:
@@ -79,16 +76,6 @@ class DerivedSet:
         with self._told():
             text = json.dumps(asdict(report), ensure_ascii=False, indent=1)
             (self._staging / REPORT).write_text(text + "\n", encoding="utf-8", newline="\n")
-
-    def _share(self, name: str) -> None:
-        source, target = self._source / name, self._staging / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            return
-        try:
-            os.link(source.resolve(), target)
-        except OSError:
-            shutil.copyfile(source, target)
 
     def _finish(self) -> None:
         for name in (METADATA, SET_ASIDE):

