@@ -86,6 +86,12 @@ def test_folds_are_even_and_depend_on_the_seed_alone() -> None:
     assert [set(fold.held_out) for fold in turned] == [set(fold.held_out) for fold in first], "not on the file's order"
 
 
+def test_folds_are_even_though_one_case_is_large() -> None:
+    for seed in range(5):
+        samples = rows("one", 30, cases=1) + rows("others", 30)
+        assert [len(fold.held_out) for fold in split_folds("a", samples, 2, seed)] == [30, 30]
+
+
 def test_a_picture_without_a_case_stays_in_one_fold_with_all_of_its_rows() -> None:
     samples = [replace(row, category=name) for row in rows("a", 12) for name in ("cyst", "nodule")]
     # One of the two rows of this picture knows its patient, who has another picture too.

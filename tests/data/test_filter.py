@@ -251,6 +251,8 @@ def test_a_run_killed_while_writing_leaves_nothing_in_the_output(
         with pytest.raises(Killed):
             run(lesions, tmp_path / "hard")
     assert [path.name for path in tmp_path.iterdir()] == [".hard.filtering"]
+    (tmp_path / ".hard.filtering/set").mkdir()
+    (tmp_path / ".hard.filtering/set/half.png").write_text("")  # as kill -9 would leave it
     run(lesions, tmp_path / "hard", train=scripted)
     assert [path.name for path in tmp_path.iterdir()] == ["hard"]
     run(lesions, tmp_path / "other")

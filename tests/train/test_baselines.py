@@ -211,6 +211,7 @@ def test_a_whole_filter_on_phantoms_killed_and_resumed(
     go_on = killed_at(monkeypatch, 7)  # in the middle of the second fold
     with pytest.raises(Killed):
         filter_set(phantoms, tmp_path / "a/hard", SETTINGS, quiet, progress=False)
+    assert len(list((tmp_path / "a/.hard.filtering").glob("fold-*"))) == 1, "of a scored fold only the scores are kept"
     go_on()
     reports = [filter_set(phantoms, tmp_path / name / "hard", SETTINGS, quiet, progress=False) for name in "ab"]
     assert reports[0].summary == reports[1].summary and reports[0].summary["scores"] == "trained"

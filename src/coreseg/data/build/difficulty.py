@@ -84,9 +84,7 @@ def group_rows(samples: Sequence[Sample], pool_under: int, folds: int) -> dict[s
 def case_keys(samples: Sequence[Sample]) -> dict[Sample, str]:
     """What must stay in one fold with each row: its case, or its picture where that is unknown."""
     of_picture = {sample.file_name: sample.case for sample in samples if sample.case}
-    return {
-        sample: sample.case or of_picture.get(sample.file_name, f"picture {sample.file_name}") for sample in samples
-    }
+    return {sample: of_picture.get(sample.file_name, f"picture {sample.file_name}") for sample in samples}
 
 
 def split_folds(group: str, samples: Sequence[Sample], folds: int, seed: int) -> list[Fold]:
