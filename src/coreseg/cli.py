@@ -720,3 +720,19 @@ def data_restore(
         typer.echo(f"in no source: {sample.file_name} ({sample.category}) of {sample.source}", err=True)
     if report.missing:
         raise typer.Exit(1)
+
+
+@data_app.command("build")
+@_clear_errors
+def data_build(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """Run the whole pipeline from one file of settings: filter, describe, review; then the card and the manifest.
+
+    Killed or stopped, the same command goes on. The result is in OUT/set; look at OUT/card.html. See docs/build.md.
+
+    Example: coreseg data build comlesion.toml --set out=runs/mine
+    """
+    from coreseg.config import load
+    from coreseg.data.build.build import BuildConfig, build
+
+    out = build(load(BuildConfig, config, overrides or []), progress=sys.stderr.isatty())
+    typer.echo(f"{out / 'set'}: built; look at {out / 'card.html'}")

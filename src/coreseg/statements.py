@@ -243,8 +243,7 @@ def _look(
     return step, contrast, spread
 
 
-# Words that a careful reader would let pass for the measured value, beside those within a threshold's tolerance.
-_NEAR: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+NEAR: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "size": {
         "tiny": ("small",),
         "small": ("tiny", "medium"),
@@ -260,6 +259,7 @@ _NEAR: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "count": {"three": ("four", "several"), "four": ("three", "several"), "several": ("three", "four")},
 }
+"""Words that a reader would let pass for a measured value, beside those within a threshold's tolerance. Our choice."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def contradictions(text: str, true: Mapping[str, Collection[str]]) -> tuple[Cont
     found = []
     for kind, stated in find_all(text).items():
         fits = set(true.get(kind, ()))
-        fits |= {near for value in fits for near in _NEAR.get(kind, {}).get(value, ())}
+        fits |= {near for value in fits for near in NEAR.get(kind, {}).get(value, ())}
         in_parts = kind in ("side", "place") and "one" not in true.get("count", ()) and bool(stated & fits)
         if (kind in true or nothing_there) and stated - fits and not in_parts:
             found.append(Contradiction(kind, frozenset(stated), frozenset(true.get(kind, ()))))

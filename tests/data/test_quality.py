@@ -18,7 +18,8 @@ from coreseg.data.build.replies import Description, Judgement, Thought, parse_re
 from coreseg.data.build.settings import EndpointSettings, TeacherConfig
 from coreseg.data.build.stage import Fault, Scores
 from coreseg.data.store import LesionSet
-from coreseg.statements import KINDS, VALUES, find, measure_all, word
+from coreseg.sentences import KINDS, VALUES, find, word
+from coreseg.statements import measure_all
 from coreseg.testing import phantom, write_phantom_set
 from coreseg.types import Answer as ModelAnswer
 

@@ -1,8 +1,8 @@
 """Who runs a stage on a set's rows: this process, or a Ray cluster.
 
 A stage is a function from rows to outcomes (`coreseg.data.build.stage`), so both run the same code. On a cluster rows
-go out in batches and outcomes come back in the rows' order; a batch whose machine is lost is given to another one. Every
-machine must see the data set; the ledger stays with the one that started the build, which answers the others.
+go out in batches and outcomes come back in the rows' order; a batch whose machine is lost is given to another one.
+Every machine must see the data set; the ledger stays with the one that started the build, which answers the others.
 
 Ray Data deals the batches out, a Ray actor holds the ledger: nothing here schedules anything itself.
 """

@@ -1,0 +1,172 @@
+"""The whole pipeline: stages in order, killed and gone on with, here and on a cluster."""
+
+import json
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from teacher_server import Answer, Request, TeacherServer, well
+from typer.testing import CliRunner
+
+from coreseg.cli import app
+from coreseg.config import load
+from coreseg.data.build import build as building
+from coreseg.data.build import engine
+from coreseg.data.build.build import BENCHMARK, MANIFEST, BuildConfig, build
+from coreseg.data.build.scores import FilterSettings
+from coreseg.data.build.settings import EndpointSettings, TeacherConfig
+from coreseg.data.manifest import restore
+from coreseg.data.store import LesionSet, write_set
+from coreseg.errors import ConfigError, DataError
+from coreseg.testing import write_phantom_set
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_phantom_set(tmp_path / "source", count=24, seed=3, two_kinds=0.2)
+
+
+def config_for(source: Path, out: Path, **changes: Any) -> BuildConfig:
+    return replace(
+        BuildConfig(out=str(out), data=str(source), filter=FilterSettings(proxy=True, keep_share=0.5)), **changes
+    )
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """All files by name, but for what tells the time."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name not in (MANIFEST, "report.json", "build.toml")
+    }
+
+
+def test_stages_follow_each_other(source: Path, tmp_path: Path) -> None:
+    lesions = LesionSet.open(source)
+    # A lie, in the hardest half or not: the review must find it wherever it is kept.
+    samples = [replace(s, reasoning=s.reasoning.replace("left", "right")) for s in lesions.samples]
+    lies = {s.mask_file_name for s, before in zip(samples, lesions.samples, strict=True) if s != before}
+    write_set(source, samples)
+    out = build(config_for(source, tmp_path / "out"), progress=False)
+    manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    first, second = manifest["stages"]
+    assert (first["name"], second["name"]) == ("filter", "review")
+    assert first["rows_in"] == len(samples) > first["rows_out"] == second["rows_in"] > second["rows_out"]
+    result = LesionSet.open(out / "set")
+    assert len(result.samples) == second["rows_out"] and not lies & {s.mask_file_name for s in result.samples}
+    page = (out / "card.html").read_text(encoding="utf-8")
+    assert "side:" in page and "measured on the mask" in page
+    assert restore(out / BENCHMARK, [source], tmp_path / "again", progress=False).missing == ()
+    assert LesionSet.open(tmp_path / "again").samples == result.samples
+
+
+def test_a_finished_build_is_not_done_twice(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_for(source, tmp_path / "out")
+    before = files(build(config, progress=False))
+    monkeypatch.setattr(building, "_run", lambda *_: pytest.fail("a finished stage ran again"))
+    assert files(build(config, progress=False)) == before
+    with pytest.raises(ConfigError, match="other settings \\(review changed\\)"):
+        build(replace(config, review=False), progress=False)
+
+
+def test_a_build_that_died_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_for(source, tmp_path / "out")
+    whole = files(build(replace(config, out=str(tmp_path / "whole")), progress=False))
+    for where in ("review_set", "write_manifest", "write_card", "_write_manifest"):
+        with monkeypatch.context() as patch:
+
+            def died(*_: Any, **__: Any) -> None:
+                raise KeyboardInterrupt
+
+            patch.setattr(building, where, died)
+            with pytest.raises(KeyboardInterrupt):
+                build(config, progress=False)
+    assert files(build(config, progress=False)) == whole
+
+
+def test_a_teacher_writes_and_a_judge_reads(source: Path, tmp_path: Path) -> None:
+    with TeacherServer() as server:
+        settings = EndpointSettings(base_url=server.url, model="large")
+        teacher = TeacherConfig(teacher=settings, judge=settings, cache=str(tmp_path / "cache"))
+        out = build(config_for(source, tmp_path / "out", filter=None, describe=teacher), progress=False)
+        asked = server.requests
+        shutil.rmtree(out)
+        build(config_for(source, tmp_path / "out", filter=None, describe=teacher), progress=False)
+        assert server.requests == asked, "replies are never paid for twice"
+    told = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    assert [stage["name"] for stage in told["stages"]] == ["describe", "review"]
+    assert told["reports"]["describe"]["settings"]["prompts"]
+    assert load(BuildConfig, out / "build.toml").describe == teacher
+
+
+@pytest.mark.slow
+def test_a_cluster_that_loses_a_machine_builds_the_same(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two Ray nodes on loopback; one is killed while the teacher writes."""
+    monkeypatch.setattr(engine, "BATCH_ROWS", 3)
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    lost = cluster.add_node(num_cpus=1)
+    try:
+        ray.init(address=cluster.address, logging_level="ERROR")
+        moment = threading.Event()
+
+        def answer(request: Request) -> Answer:
+            if server.requests == whole_took + 9:
+                moment.set()
+            return well(request)
+
+        with TeacherServer(answer, latency_s=0.2) as server:
+            settings = EndpointSettings(base_url=server.url, model="large", in_flight=1)
+
+            def built(name: str, on: str) -> dict[str, bytes]:
+                teacher = TeacherConfig(teacher=settings, cache=str(tmp_path / f"cache-{name}"))
+                config = config_for(source, tmp_path / name, filter=None, describe=teacher, engine=on)
+                return files(build(config, progress=False))
+
+            whole_took = 10**9
+            whole = built("here", "here")
+            whole_took = server.requests
+            killer = threading.Thread(
+                target=lambda: moment.wait(60) and cluster.remove_node(lost, allow_graceful=False)
+            )
+            killer.start()
+            assert built("ray", "ray") == whole
+            killer.join()
+            assert moment.is_set() and server.requests >= 2 * whole_took
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('data = "x"\nout = "o"\nengine = "spark"\n', "engine is 'spark'; expected here or ray"),
+        ('data = "nowhere"\nout = "o"\n', "this is no data set"),
+        ('data = "x"\nout = "o"\n[filter]\nfold = 2\n', "did you mean 'folds'"),
+        ('out = "o"\n', "data missing"),
+    ],
+)
+def test_mistakes_are_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, complaint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("build.toml").write_text(text, encoding="utf-8")
+    result = CliRunner().invoke(app, ["data", "build", "build.toml"])
+    assert result.exit_code == 2 and complaint in " ".join(result.output.split()), result.output
+    assert not Path("o").exists()
+
+
+def test_what_lies_in_the_folder_stays(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(DataError, match="not empty"):
+        build(config_for(source, tmp_path / "out"), progress=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
