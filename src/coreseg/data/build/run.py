@@ -24,6 +24,7 @@ from coreseg.data.build.stage import Outcome
 from coreseg.data.sources import SOURCES
 from coreseg.data.store import METADATA, LesionSet, row_line
 from coreseg.errors import DataError, TeacherError
+from coreseg.statements import find_all
 
 SET_ASIDE = "set_aside.jsonl"
 REPORT = "report.json"
@@ -121,8 +122,9 @@ class Report:
 
     because: rows set aside, by kind of fault (a row may have several). met: what was wrong with texts on the way, kept
     rows included. written: kept rows by how often their text was written. scores: means over the rows that were
-    judged. spent: by all runs with this ledger. run: what this run took: seconds, requests, replies from the ledger
-    ("cached"), retries and every kind of failure. settings: how it was run.
+    judged. stated: kinds of statement, of eight, that a kept text makes on average, so that the pixels had a say; the
+    rest of a text only the judge has seen. spent: by all runs with this ledger. run: what this run took: seconds,
+    requests, replies from the ledger ("cached"), retries and every kind of failure. settings: how it was run.
 
     All but `run` and `spent` come out the same when a run was stopped and run again.
     """
@@ -134,6 +136,7 @@ class Report:
     met: Mapping[str, int]
     written: Mapping[str, int]
     scores: Mapping[str, float]
+    stated: float
     spent: Spent | None
     run: Mapping[str, float | int]
     settings: Mapping[str, Any]
@@ -142,6 +145,7 @@ class Report:
         """For a reader, a line a subject."""
         lines = [f"{self.kept} of {self.rows} rows kept, {self.set_aside} set aside{_counted(self.because)}"]
         lines += [f"turned down on the way{_counted(self.met)}"] if self.met else []
+        lines += [f"a kept text makes {self.stated:.1f} kinds of statement that the pixels can check"] * bool(self.kept)
         if self.scores:
             lines.append("mean scores: " + ", ".join(f"{name} {value:.2f}" for name, value in self.scores.items()))
         lines += [f"this run{_counted(self.run)}"] if self.spent else []
@@ -159,7 +163,7 @@ class _Counts:
     """Adds outcomes up."""
 
     def __init__(self) -> None:
-        self.rows = self.kept = 0
+        self.rows = self.kept = self._stated = 0
         self.because, self.met, self.written, self.traffic = (Counter[str]() for _ in range(4))
         self._scores: Counter[str] = Counter()
         self._judged = 0
@@ -172,6 +176,7 @@ class _Counts:
         self.traffic.update(outcome.traffic)
         if not outcome.faults:
             self.written[str(outcome.attempts)] += 1
+            self._stated += len(find_all(outcome.sample.reasoning))
         if outcome.scores:
             self._judged += 1
             self._scores.update({**asdict(outcome.scores), "score": outcome.scores.score})
@@ -185,6 +190,7 @@ class _Counts:
             met=_sorted(self.met),
             written=_sorted(self.written),
             scores={name: total / self._judged for name, total in self._scores.items()},
+            stated=self._stated / max(1, self.kept),
             spent=spent,
             run={"seconds": round(seconds, 1), **_sorted(self.traffic)},
             settings=settings,
@@ -209,13 +215,15 @@ def describe_set(
         from coreseg.data.build.describe import describe_rows as measure
 
         settings: dict[str, Any] = {"teacher": None, "seed": seed}
-        return _run(source, measure(source, source.samples, seed), out, settings, None, progress)
+        return write_outcomes(source, measure(source, source.samples, seed), out, settings, None, progress)
     from coreseg.data.build.prompts import prompts_digest
     from coreseg.data.build.teacher import describe_rows
 
     ledger = config.open_ledger()
     settings = {**asdict(config), "prompts": prompts_digest()}
-    return _run(source, describe_rows(source, source.samples, config, ledger), out, settings, ledger, progress)
+    return write_outcomes(
+        source, describe_rows(source, source.samples, config, ledger), out, settings, ledger, progress
+    )
 
 
 def review_set(source: LesionSet, out: Path, config: TeacherConfig | None = None, *, progress: bool = True) -> Report:
@@ -232,10 +240,10 @@ def review_set(source: LesionSet, out: Path, config: TeacherConfig | None = None
 
         ledger = config.open_ledger()
         settings = {**asdict(config), "prompts": prompts_digest()}
-    return _run(source, review_rows(source, source.samples, config, ledger), out, settings, ledger, progress)
+    return write_outcomes(source, review_rows(source, source.samples, config, ledger), out, settings, ledger, progress)
 
 
-def _run(
+def write_outcomes(
     source: LesionSet,
     outcomes: Generator[Outcome],
     out: Path,
@@ -243,6 +251,11 @@ def _run(
     ledger: Ledger | None,
     progress: bool,
 ) -> Report:
+    """Write what a stage made of the rows of `source`, wherever it ran, as a new set in `out`, with its report.
+
+    `settings` go into the report; the money is read from `ledger`. Raises DataError where `out` is not empty or cannot
+    be written, and what the stage raises, with the number of rows done; then nothing is left in `out`.
+    """
     started, counts, total = time.monotonic(), _Counts(), len(source.samples)
     bar = tqdm(total=total, unit="row", disable=not progress)
     with ExitStack() as stack:
