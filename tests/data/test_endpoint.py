@@ -122,7 +122,7 @@ def test_what_may_pass_is_tried_again_and_counted(
 ) -> None:
     with TeacherServer(answer) as server:
         ledger = Ledger(tmp_path, 1.0)
-        (reply,), traffic = ask(server.url, ledger, timeout_s=0.4, input_price=1.0, output_price=1.0)
+        (reply,), traffic = ask(server.url, ledger, timeout_s=1.0, input_price=1.0, output_price=1.0)
     assert isinstance(reply, Reply) and reply.text == "hello"
     assert traffic[kind] == traffic["retries"] == traffic["requests"] - 1 == server.requests - 1 >= 1
     spent = ledger.spent()

@@ -135,6 +135,15 @@ def test_on_an_empty_mask_every_statement_is_a_lie() -> None:
     assert "says two; measured on the mask: none" in fault.text
 
 
+def test_a_neighbouring_value_near_a_threshold_is_no_lie() -> None:
+    facts = Facts(
+        {"side": "left", "count": "one"},
+        {"side": frozenset({"left", "centre"}), "count": frozenset({"one"})},
+    )
+    assert pixel_faults("It lies centrally in the image.", facts) == []
+    assert len(pixel_faults("It lies on the right side of the image.", facts)) == 1
+
+
 def test_what_is_too_small_to_tell_is_not_judged() -> None:
     image, mask = np.full((64, 64, 3), 90, np.uint8), np.zeros((64, 64), bool)
     mask[10:12, 10:12] = True

@@ -30,7 +30,7 @@ from coreseg.data.build.stage import Outcome
 from coreseg.data.build.teacher import describe_rows
 from coreseg.data.store import LesionSet, write_set
 from coreseg.errors import ConfigError, DataError, TeacherError
-from coreseg.statements import find
+from coreseg.sentences import find
 from coreseg.testing import write_phantom_set
 
 
@@ -58,7 +58,7 @@ PRICE = (INPUT_TOKENS * 1.0 + OUTPUT_TOKENS * 10.0) / 1e6
 
 
 def config_for(url: str, cache: Path, judge: bool = False, in_flight: int = 32, **settings: Any) -> TeacherConfig:
-    endpoint = EndpointSettings(base_url=url, model="teacher", in_flight=in_flight, timeout_s=0.5, **PRICES)
+    endpoint = EndpointSettings(base_url=url, model="teacher", in_flight=in_flight, **PRICES)
     return TeacherConfig(
         teacher=endpoint,
         judge=replace(endpoint, model="judge") if judge else None,
@@ -83,7 +83,7 @@ def faulty(request: Request) -> Answer:
     if what == "gone":
         return Answer(status=503)
     if what == "slow" and first:
-        return Answer(delay_s=1.0)
+        return Answer(delay_s=3.0)
     if what == "cut" and kind == "description" and not request.turned_down:
         return Answer('{"normal_anatomy": "Normal tiss', finish="length")
     if what == "chatty":
@@ -154,7 +154,7 @@ def faulty_run(right_sided: LesionSet, tmp_path_factory: pytest.TempPathFactory)
         patch.setattr(endpoint_module, "_BACKOFF_S", 0.01)
         config = config_for(server.url, cache, judge=True)
         assert config.teacher
-        config = replace(config, teacher=replace(config.teacher, retries=2))
+        config = replace(config, teacher=replace(config.teacher, retries=2, timeout_s=2.0))
         outcomes = list(describe_rows(right_sided, right_sided.samples, config, Ledger(cache)))
         assert sum(outcome.traffic["requests"] for outcome in outcomes) == server.requests
     assert [outcome.sample.file_name for outcome in outcomes] == [row.file_name for row in right_sided.samples]
@@ -240,6 +240,18 @@ def test_a_stage_maps_over_batches_also_inside_an_event_loop(tmp_path: Path) -> 
     ]
 
 
+def test_a_run_that_is_stopped_waits_for_what_is_out_and_keeps_it(tmp_path: Path) -> None:
+    lesions = lesion_set(tmp_path / "set", 20, lambda row: f"nodule {word(row)}")
+    with TeacherServer(well, latency_s=0.2) as server:
+        ledger = Ledger(tmp_path / "cache")
+        outcomes = describe_rows(lesions, lesions.samples, config_for(server.url, tmp_path / "cache"), ledger)
+        next(outcomes)
+        outcomes.close()
+        assert 3 <= server.requests < 2 * len(lesions.samples) and server.open == 0
+        assert len_of(tmp_path / "cache") == server.requests
+    assert ledger.spent().unanswered == 0 and ledger.open_requests == 0
+
+
 # --- a whole set -----------------------------------------------------------------------------------------------------
 
 
@@ -258,7 +270,7 @@ def test_the_new_set_shares_pictures_and_says_what_became_of_each_row(right_side
     with TeacherServer(faulty) as server:
         config = config_for(server.url, tmp_path / "cache", judge=True)
         assert config.teacher
-        config = replace(config, teacher=replace(config.teacher, retries=2))
+        config = replace(config, teacher=replace(config.teacher, retries=2, timeout_s=2.0))
         report = describe_set(right_sided, tmp_path / "out", config, progress=False)
     out = LesionSet.open(tmp_path / "out")
     aside = [json.loads(line) for line in (out.root / "set_aside.jsonl").read_text().splitlines()]
@@ -350,7 +362,7 @@ def test_the_measured_describer_is_the_default_and_repeats_an_import(tmp_path: P
     imported = import_folder(tmp_path / "set", tmp_path / "mine", **facts, progress=False)
     lesions = LesionSet.open(imported.root)
     report = describe_set(lesions, tmp_path / "same", seed=5, progress=False)
-    assert report.kept == 6 and report.spent is None
+    assert report.kept == 6 and report.spent is None and report.stated > 2
     assert LesionSet.open(tmp_path / "same").samples == lesions.samples
     describe_set(lesions, tmp_path / "other", seed=6, progress=False)
     assert LesionSet.open(tmp_path / "other").samples != lesions.samples

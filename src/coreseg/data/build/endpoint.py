@@ -121,7 +121,7 @@ class Endpoint:
             if trial:
                 tally["retries"] += 1
                 backoff_s = min(_LONGEST_BACKOFF_S, _BACKOFF_S * 2 ** (trial - 1)) * random.uniform(0.5, 1.0)
-                await asyncio.sleep(max(backoff_s, failure.retry_after_s))
+                await asyncio.sleep(backoff_s)
             outcome = await self._in_turn(key, prompt, messages)
             tally["requests"] += 1
             if isinstance(outcome, Reply):

@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,12 +18,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from coreseg.data.build.engine import HERE, Here, RowStage
+from coreseg.data.build.engine import HERE, Here
 from coreseg.data.build.ledger import Ledger, Spent
 from coreseg.data.build.settings import TeacherConfig
 from coreseg.data.build.stage import Outcome
 from coreseg.data.store import METADATA, SOURCES, LesionSet, row_line, share_file
 from coreseg.errors import DataError, TeacherError
+from coreseg.sentences import find_all
 
 SET_ASIDE = "set_aside.jsonl"
 REPORT = "report.json"
@@ -110,8 +111,9 @@ class Report:
 
     because: rows set aside, by kind of fault (a row may have several). met: what was wrong with texts on the way, kept
     rows included. written: kept rows by how often their text was written. scores: means over the rows that were
-    judged. spent: by all runs with this ledger. run: what this run took: seconds, requests, replies from the ledger
-    ("cached"), retries and every kind of failure. settings: how it was run.
+    judged. stated: kinds of statement, of eight, that a kept text makes on average, so that the pixels had a say; the
+    rest of a text only the judge has seen. spent: by all runs with this ledger. run: what this run took: seconds,
+    requests, replies from the ledger ("cached"), retries and every kind of failure. settings: how it was run.
 
     All but `run` and `spent` come out the same when a run was stopped and run again.
     """
@@ -123,6 +125,7 @@ class Report:
     met: Mapping[str, int]
     written: Mapping[str, int]
     scores: Mapping[str, float]
+    stated: float
     spent: Spent | None
     run: Mapping[str, float | int]
     settings: Mapping[str, Any]
@@ -131,6 +134,7 @@ class Report:
         """For a reader, a line a subject."""
         lines = [f"{self.kept} of {self.rows} rows kept, {self.set_aside} set aside{_counted(self.because)}"]
         lines += [f"turned down on the way{_counted(self.met)}"] if self.met else []
+        lines += [f"a kept text makes {self.stated:.1f} kinds of statement that the pixels can check"] * bool(self.kept)
         if self.scores:
             lines.append("mean scores: " + ", ".join(f"{name} {value:.2f}" for name, value in self.scores.items()))
         lines += [f"this run{_counted(self.run)}"] if self.spent else []
@@ -148,7 +152,7 @@ class _Counts:
     """Adds outcomes up."""
 
     def __init__(self) -> None:
-        self.rows = self.kept = 0
+        self.rows = self.kept = self._stated = 0
         self.because, self.met, self.written, self.traffic = (Counter[str]() for _ in range(4))
         self._scores: Counter[str] = Counter()
         self._judged = 0
@@ -161,6 +165,7 @@ class _Counts:
         self.traffic.update(outcome.traffic)
         if not outcome.faults:
             self.written[str(outcome.attempts)] += 1
+            self._stated += len(find_all(outcome.sample.reasoning))
         if outcome.scores:
             self._judged += 1
             self._scores.update({**asdict(outcome.scores), "score": outcome.scores.score})
@@ -174,6 +179,7 @@ class _Counts:
             met=_sorted(self.met),
             written=_sorted(self.written),
             scores={name: total / self._judged for name, total in self._scores.items()},
+            stated=self._stated / max(1, self.kept),
             spent=spent,
             run={"seconds": round(seconds, 1), **_sorted(self.traffic)},
             settings=settings,
@@ -205,14 +211,15 @@ def describe_set(
         from coreseg.data.build.describe import describe_rows as measure
 
         settings: dict[str, Any] = {"teacher": None, "seed": seed}
-        return _run(source, partial(measure, pictures, seed=seed), out, settings, None, engine, progress)
+        outcomes = engine.outcomes(partial(measure, pictures, seed=seed), source.samples, None)
+        return write_outcomes(source, outcomes, out, settings, None, progress)
     from coreseg.data.build.prompts import prompts_digest
     from coreseg.data.build.teacher import describe_rows
 
     ledger = config.open_ledger()
     settings = {**asdict(config), "prompts": prompts_digest()}
-    stage = partial(describe_rows, pictures, config=config)
-    return _run(source, stage, out, settings, ledger, engine, progress)
+    outcomes = engine.outcomes(partial(describe_rows, pictures, config=config), source.samples, ledger)
+    return write_outcomes(source, outcomes, out, settings, ledger, progress)
 
 
 def review_set(
@@ -237,19 +244,23 @@ def review_set(
         ledger = config.open_ledger()
         settings = {**asdict(config), "prompts": prompts_digest()}
     stage = partial(review_rows, LesionSet(source.root, ()), config=config)
-    return _run(source, stage, out, settings, ledger, engine, progress)
+    outcomes = engine.outcomes(stage, source.samples, ledger)
+    return write_outcomes(source, outcomes, out, settings, ledger, progress)
 
 
-def _run(
+def write_outcomes(
     source: LesionSet,
-    stage: RowStage,
+    outcomes: Generator[Outcome],
     out: Path,
     settings: Mapping[str, Any],
     ledger: Ledger | None,
-    engine: Here,
     progress: bool,
 ) -> Report:
-    outcomes = engine.outcomes(stage, source.samples, ledger)
+    """Write what a stage made of the rows of `source`, wherever it ran, as a new set in `out`, with its report.
+
+    `settings` go into the report; the money is read from `ledger`. Raises DataError where `out` is not empty or cannot
+    be written, and what the stage raises, with the number of rows done; then nothing is left in `out`.
+    """
     started, counts, total = time.monotonic(), _Counts(), len(source.samples)
     bar = tqdm(total=total, unit="row", disable=not progress)
     with ExitStack() as stack:
