@@ -591,8 +591,8 @@ def _dry_run(samples: Sequence[Any], config: Any) -> None:
     shown = min(2, len(samples))
     typer.echo(prompts_text([samples[number * len(samples) // shown] for number in range(shown)], config))
     typer.echo(f"\n{estimate(samples, config).text()}")
-    for each in config.endpoints:
-        typer.echo(f"pictures and words would go to {each.base_url}")
+    for address in dict.fromkeys(each.base_url for each in config.endpoints):
+        typer.echo(f"pictures and words would go to {address}")
 
 
 @data_app.command("filter")

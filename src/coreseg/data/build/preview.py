@@ -36,11 +36,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Ask:
-    """One question about a row: usual length of its reply in tokens, and how often it may have to be asked."""
+    """One question about a row, and how often it may have to be asked.
+
+    replies_tokens: usual length of earlier replies that it quotes. usual_tokens: usual length of its own reply.
+    """
 
     settings: EndpointSettings
     prompt: Prompt
     picture: bool
+    replies_tokens: int
     usual_tokens: int
     at_most: int
 
@@ -52,7 +56,7 @@ def estimate(samples: Sequence[Sample], config: TeacherConfig) -> Estimate:
     for ask in (ask for sample in samples for ask in _asks(sample, config)):
         image_tokens = ask.picture * ask.settings.image_tokens
         # Four letters a token is usual in English; a text that was turned down is quoted in the next prompt.
-        tokens_in = ask.prompt.text_bytes // 4 + image_tokens
+        tokens_in = ask.prompt.text_bytes // 4 + ask.replies_tokens + image_tokens
         most_in = tokens_in + ask.settings.max_tokens
         requests += 1
         input_tokens += tokens_in
@@ -75,13 +79,20 @@ def prompts_text(samples: Sequence[Sample], config: TeacherConfig) -> str:
     return "\n\n".join(blocks)
 
 
+_DESCRIPTION_TOKENS, _THOUGHT_TOKENS, _JUDGEMENT_TOKENS = 220, 150, 80
+"""Usual length of replies. Our choice."""
+
+
 def _asks(sample: Sample, config: TeacherConfig) -> Iterator[_Ask]:
     if config.teacher is not None:
-        described = Description(normal_anatomy=f"({'…' * 60})", lesion=f"({'…' * 90})")
-        yield _Ask(config.teacher, description_prompt(sample, None), True, 220, config.attempts)
-        yield _Ask(config.teacher, thought_prompt(sample, described), False, 150, config.attempts)
+        described = Description(normal_anatomy="(from the first reply)", lesion="(from the first reply)")
+        prompt = description_prompt(sample, None)
+        yield _Ask(config.teacher, prompt, True, 0, _DESCRIPTION_TOKENS, config.attempts)
+        prompt = thought_prompt(sample, described)
+        yield _Ask(config.teacher, prompt, False, _DESCRIPTION_TOKENS, _THOUGHT_TOKENS, config.attempts)
     if config.judge is not None:
-        text = sample.reasoning if config.teacher is None else f"({'…' * 120})"
         # A judge that writes no judgement is asked again, each time that there is a text.
-        prompt = judge_prompt(replace(sample, reasoning=text), None)
-        yield _Ask(config.judge, prompt, True, 80, config.attempts**2)
+        written = sample if config.teacher is None else replace(sample, reasoning="(from the second reply)")
+        quoted = 0 if config.teacher is None else _THOUGHT_TOKENS
+        prompt = judge_prompt(written, None)
+        yield _Ask(config.judge, prompt, True, quoted, _JUDGEMENT_TOKENS, config.attempts**2)

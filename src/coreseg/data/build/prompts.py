@@ -17,6 +17,7 @@ from coreseg.data.build.endpoint import Prompt
 from coreseg.data.build.quality import MAX_WORDS
 from coreseg.data.build.replies import Description, Judgement, Thought
 from coreseg.data.build.stage import Fault
+from coreseg.questions import with_article
 from coreseg.types import Sample
 
 _LINE_RGB = (0, 214, 255)
@@ -63,7 +64,7 @@ Description by a colleague:
 normal anatomy: {normal_anatomy}
 lesion: {lesion}
 Write the reasoning of a careful reader who sees the picture and does not yet know the answer: what picture it is and \
-how healthy tissue looks in it, then what departs from that and where, then {conclusion} {category}. One paragraph of \
+how healthy tissue looks in it, then what departs from that and where, then {conclusion}. One paragraph of \
 at most {most} words that says nothing the description does not say, and names the {category} in exactly this word.
 JSON: {{"reasoning": "..."}}{turned_down}"""
 
@@ -130,7 +131,7 @@ def thought_prompt(sample: Sample, description: Description, earlier: str = "", 
         query=sample.query,
         normal_anatomy=description.normal_anatomy,
         lesion=description.lesion,
-        conclusion="why this fits" if sample.boxes else "that nothing here fits",
+        conclusion=f"{'why this fits' if sample.boxes else 'that nothing here fits'} {with_article(sample.category)}",
         most=MAX_WORDS - 20,
         turned_down=_turned_down(earlier, faults),
     )
