@@ -734,5 +734,11 @@ def data_build(config: ConfigArgument, overrides: SetOption = None) -> None:
     from coreseg.config import load
     from coreseg.data.build.build import BuildConfig, build
 
-    out = build(load(BuildConfig, config, overrides or []), progress=sys.stderr.isatty())
+    settings = load(BuildConfig, config, overrides or [])
+    train: Any = None
+    if settings.filter and not settings.filter.proxy:
+        from coreseg.train.baselines import train_fold
+
+        train = train_fold
+    out = build(settings, train, progress=sys.stderr.isatty())
     typer.echo(f"{out / 'set'}: built; look at {out / 'card.html'}")

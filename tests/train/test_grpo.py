@@ -509,13 +509,13 @@ def test_a_run_leaves_what_people_look_at(nano: Path, phantoms: Path, tmp_path: 
 def test_a_run_ends_when_its_time_is_up(nano: Path, phantoms: Path, tmp_path: Path) -> None:
     # What a random model samples earns nothing; weight decay moves the weights even so.
     config = settings(
-        nano, phantoms, tmp_path / "run", steps=10_000, cpu_minutes=0.01, max_new_tokens=4, lora_rank=0,
+        nano, phantoms, tmp_path / "run", steps=10_000, cpu_minutes=0.05, max_new_tokens=4, lora_rank=0,
         weight_decay=0.1,
     )  # fmt: skip
     train_grpo(config)
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     minutes = json.loads((checkpoint / "clock.json").read_text(encoding="utf-8"))["minutes"]
-    assert 0.01 <= minutes < 1.0
+    assert 0.05 <= minutes < 1.0
     trained, _ = load_parts(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "best")
     train_grpo(config)

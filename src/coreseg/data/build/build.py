@@ -27,7 +27,7 @@ from coreseg.data.build.card import Rejected, Stage, write_card
 from coreseg.data.build.engine import ENGINES
 from coreseg.data.build.filter import SUMMARY, filter_set
 from coreseg.data.build.run import REPORT, SET_ASIDE, describe_set, review_set
-from coreseg.data.build.scores import FilterSettings
+from coreseg.data.build.scores import FilterSettings, TrainFold
 from coreseg.data.build.settings import TeacherConfig
 from coreseg.data.manifest import write_manifest
 from coreseg.data.store import LesionSet, copy_rows, new_set, parse_row
@@ -65,8 +65,8 @@ class BuildConfig:
         return tuple(name for name, asked_for in wanted.items() if asked_for)
 
 
-def build(config: BuildConfig, *, progress: bool = True) -> Path:
-    """Run what is missing of a build and return its folder.
+def build(config: BuildConfig, train_fold: TrainFold | None = None, *, progress: bool = True) -> Path:
+    """Run what is missing of a build and return its folder. A filter that trains needs `train_fold` (see `filter_set`).
 
     Raises ConfigError where the folder holds a build with other settings, DataError where it holds something else, and
     what the stages raise; what is finished stays.
@@ -80,7 +80,7 @@ def build(config: BuildConfig, *, progress: bool = True) -> Path:
         folder = out / "stages" / name
         if not folder.exists():
             folder.parent.mkdir(exist_ok=True)
-            _run(name, config, before, folder, progress)
+            _run(name, config, train_fold, before, folder, progress)
         after = LesionSet.open(folder)
         told.append(Stage(name, len(before.samples), len(after.samples), _facts(folder)))
         rejected += _set_aside(before, folder)
@@ -114,11 +114,11 @@ def _claim(out: Path, config: BuildConfig) -> None:
         raise DataError(f"{out}: cannot be written ({error}). Check space and permissions.") from error
 
 
-def _run(name: str, config: BuildConfig, before: LesionSet, folder: Path, progress: bool) -> None:
+def _run(
+    name: str, config: BuildConfig, train_fold: TrainFold | None, before: LesionSet, folder: Path, progress: bool
+) -> None:
     engine = ENGINES[config.engine]
     if name == "filter":
-        from coreseg.train.baselines import train_fold
-
         assert config.filter
         filter_set(before, folder, config.filter, train_fold, run=engine.map, progress=progress)
     elif name == "describe":
