@@ -4,13 +4,14 @@ import csv
 import json
 import re
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from coreseg.data.sources import ImportReport, import_folder
+from coreseg.data.sources import ImportReport, import_set
 from coreseg.data.store import LesionSet
 from coreseg.errors import DataError
 from coreseg.imaging import read_image, read_mask, write_mask
@@ -22,7 +23,7 @@ SIZE_WH = (40, 32)
 
 def add(folder: Path, stem: str, *masks: str, suffix: str = ".png", lesions: int = 1) -> None:
     """A picture and any number of masks, by their names below masks/."""
-    seed = sum(map(ord, stem))
+    seed = zlib.crc32(stem.encode())
     shown = phantom(seed, size_wh=SIZE_WH, lesions=lesions)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "masks").mkdir(exist_ok=True)
@@ -41,7 +42,7 @@ def write_table(folder: Path, *rows: dict[str, str]) -> None:
 
 def imported(source: Path, **flags: object) -> tuple[ImportReport, LesionSet]:
     destination = source.parent / f"out-{source.name}"
-    report = import_folder(source, destination, progress=False, **{**FLAGS, **flags})  # type: ignore[arg-type]
+    report = import_set(source, destination, progress=False, **{**FLAGS, **flags})  # type: ignore[arg-type]
     return report, LesionSet.open(destination)
 
 
@@ -249,7 +250,7 @@ def test_patients_never_cross_splits_and_the_seed_decides(tmp_path: Path) -> Non
     split_by_seed = []
     for seed in (0, 0, 1):
         destination = tmp_path / f"out{len(split_by_seed)}"
-        report = import_folder(folder, destination, case_pattern=r"^P(\d+)_", seed=seed, val_share=0.25, progress=False,
+        report = import_set(folder, destination, case_pattern=r"^P(\d+)_", seed=seed, val_share=0.25, progress=False,
                                **FLAGS)  # fmt: skip
         assert report.unknown_case == 0
         samples = LesionSet.open(destination).samples
@@ -298,7 +299,7 @@ def test_reasoning_comes_from_whoever_is_asked(plain: Path) -> None:
 def test_one_more_image_changes_no_other_row_text(plain: Path) -> None:
     _, before = imported(plain)
     add(plain, "scan00", "scan00.png")
-    import_folder(plain, plain.parent / "again", progress=False, **FLAGS)
+    import_set(plain, plain.parent / "again", progress=False, **FLAGS)
     after = {sample.file_name: sample for sample in LesionSet.open(plain.parent / "again").samples}
     assert len(after) == 11
     for sample in before.samples:
@@ -369,7 +370,7 @@ def test_a_case_in_two_splits_is_kept_as_given_and_named(tmp_path: Path) -> None
 def refusal(source: Path, destination: Path | None = None, **flags: object) -> str:
     before = sorted(source.parent.rglob("*"))
     with pytest.raises(DataError) as caught:
-        import_folder(source, destination or source.parent / "out", progress=False, **{**FLAGS, **flags})  # type: ignore[arg-type]
+        import_set(source, destination or source.parent / "out", progress=False, **{**FLAGS, **flags})  # type: ignore[arg-type]
     assert sorted(source.parent.rglob("*")) == before  # nothing left behind
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -382,7 +383,7 @@ def test_a_destination_with_something_in_it_is_never_touched(plain: Path) -> Non
     assert "not empty" in refusal(plain, taken)
     assert "not empty" in refusal(plain, taken / "thesis.txt")
     (plain.parent / "free").mkdir()
-    assert import_folder(plain, plain.parent / "free", progress=False, **FLAGS).rows == 10
+    assert import_set(plain, plain.parent / "free", progress=False, **FLAGS).rows == 10
 
 
 def test_wrong_layouts_and_missing_facts(plain: Path, tmp_path: Path) -> None:
@@ -419,7 +420,7 @@ def test_nothing_to_import(tmp_path: Path) -> None:
 
 def test_real_sets_import_as_their_tables_say(shared_lesions: Path, tmp_path: Path) -> None:
     for name in ("idrid_hard_exudates", "idrid_haemorrhages", "breast_lesions_usg", "busi_normal"):
-        report = import_folder(shared_lesions / name, tmp_path / name, progress=False)
+        report = import_set(shared_lesions / name, tmp_path / name, progress=False)
         assert report.refused == report.images_without_mask == report.masks_without_image == ()
         table = (shared_lesions / name / "cases.csv").read_text(encoding="utf-8").splitlines()
         rows = list(csv.DictReader(table))
@@ -431,7 +432,7 @@ def test_real_sets_import_as_their_tables_say(shared_lesions: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_all_real_sets_import_in_under_two_minutes(shared_lesions: Path, tmp_path: Path) -> None:
     started = time.process_time()
-    report = import_folder(shared_lesions, tmp_path / "all", progress=False)
+    report = import_set(shared_lesions, tmp_path / "all", progress=False)
     assert time.process_time() - started < 120
     assert (report.rows, report.negatives, report.splits) == (3159, 244, {"train": 2621, "val": 538})
     assert report.refused == report.images_without_mask == report.masks_without_image == ()
