@@ -61,8 +61,11 @@ class Plane:
 
 def value_of(dataset: "Dataset", frame: int, keyword: str) -> Any:
     """An attribute of one frame, from the top of the file or from its functional groups; None where there is none."""
-    if keyword in dataset:
-        return dataset[keyword].value
+    return dataset[keyword].value if keyword in dataset else value_in_groups(dataset, frame, keyword)
+
+
+def value_in_groups(dataset: "Dataset", frame: int, keyword: str) -> Any:
+    """An attribute of one frame from the functional groups alone; None where there is none."""
     for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
         items = dataset.get(groups) or ()
         group = items[index].get(_GROUP_OF.get(keyword, "")) if index < len(items) else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, UInt
 
-from coreseg.data.dicom_headers import Plane, plane_of, value_of
+from coreseg.data.dicom_headers import Plane, plane_of, value_in_groups
 from coreseg.errors import InputError
 
 if TYPE_CHECKING:
@@ -76,8 +76,9 @@ def read_segmentation(dataset: "Dataset", path: Path) -> Segmentation:
 
 
 def _segment_frame(dataset: "Dataset", index: int, kind: str) -> SegmentFrame:
-    segment = None if kind == "LABELMAP" else int(value_of(dataset, index, "ReferencedSegmentNumber"))
-    sources = value_of(dataset, index, "SourceImageSequence") or ()
+    segment = None if kind == "LABELMAP" else int(value_in_groups(dataset, index, "ReferencedSegmentNumber"))
+    # At the top of the file stand the pictures of all frames.
+    sources = value_in_groups(dataset, index, "SourceImageSequence") or ()
     named = tuple((str(each.ReferencedSOPInstanceUID), _number(each.get("ReferencedFrameNumber"))) for each in sources)
     return SegmentFrame(segment, named, plane_of(dataset, index))
 

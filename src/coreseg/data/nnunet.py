@@ -231,8 +231,8 @@ def _slices(
     yield from cut(volume, slicing, folder, image, f"{case_id}_{slicing.axis}", case)
 
 
-def read_nifti(path: Path, channel: int = 0) -> Scan:
-    """One channel of a NIfTI file, in the file's own axes; a fourth axis holds the channels.
+def read_nifti(path: Path, channel: int | None = None) -> Scan:
+    """The volume of a NIfTI file, in the file's own axes; one channel of it, where a fourth axis holds them.
 
     Raises InputError where the file is damaged, or holds anything but a volume of plain numbers.
     """
@@ -247,7 +247,7 @@ def read_nifti(path: Path, channel: int = 0) -> Scan:
         raise InputError(f"the NIfTI file {path.name} is damaged ({error}). Copy or convert it again.") from error
     while values.ndim > 3 and values.shape[-1] == 1:
         values = values[..., 0]
-    if values.ndim == 4 and channel < values.shape[3]:
+    if values.ndim == 4 and channel is not None and channel < values.shape[3]:
         values = values[..., channel]
     if values.ndim != 3 or values.dtype.kind not in "iuf":
         raise InputError(

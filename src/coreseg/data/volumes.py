@@ -26,13 +26,13 @@ ACROSS: Mapping[str, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
 """Of a volume's axes, the one that a slice is cut across."""
 
 WINDOWS_HU: Mapping[str, tuple[float, float]] = {
-    "brain": (40, 80),
-    "stroke": (40, 40),
-    "lung": (-600, 1500),
-    "mediastinum": (50, 350),
-    "abdomen": (50, 400),
-    "liver": (30, 150),
-    "bone": (400, 1800),
+    "brain": (40.0, 80.0),
+    "stroke": (40.0, 40.0),
+    "lung": (-600.0, 1500.0),
+    "mediastinum": (50.0, 350.0),
+    "abdomen": (50.0, 400.0),
+    "liver": (30.0, 150.0),
+    "bone": (400.0, 1800.0),
 }
 """Centre and width of the usual CT windows. Source: Radiopaedia, "Windowing (CT)"; bone is its window of the spine."""
 
