@@ -426,42 +426,69 @@ def _say_trained(run: Path) -> None:
 @data_app.command("import")
 @_clear_errors
 def data_import(
-    source: Annotated[Path, typer.Argument(help="Folder with images/ and masks/, or a folder of such folders.")],
+    source: Annotated[Path, typer.Argument(help="Folder of one of these forms, or a JSON file of COCO.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the new data set.")],
-    modality: Annotated[str | None, typer.Option(help="Where set.json does not tell.")] = None,
-    anatomy: Annotated[str | None, typer.Option(help="Where set.json does not tell.")] = None,
-    category: Annotated[str | None, typer.Option(help="Lesion category, where set.json does not tell.")] = None,
+    form: Annotated[
+        str | None, typer.Option("--form", help="folder, coco, nnunet or dicom; default: what lies in SOURCE.")
+    ] = None,
+    modality: Annotated[str | None, typer.Option(help="Where the source does not tell.")] = None,
+    anatomy: Annotated[str | None, typer.Option(help="Where the source does not tell.")] = None,
+    category: Annotated[str | None, typer.Option(help="Lesion category, where the source does not tell.")] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help='TOML or JSON, label = "category"; others are left out. Default: every label, by its name.'),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the source.")] = None,
-    licence: Annotated[str, typer.Option(help="Terms of the images.")] = "unknown",
+    licence: Annotated[str | None, typer.Option(help="Terms of the images.")] = None,
     val_share: Annotated[float, typer.Option(help="Share of cases held back for validation.")] = 0.15,
+    together: Annotated[bool, typer.Option(help="Keep pictures that look alike in one split.")] = True,
     case_pattern: Annotated[
-        str | None, typer.Option(help="Regular expression; its first group is the patient.")
+        str | None, typer.Option(help="Regular expression; its first group, in a file's name, is the patient.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split and the wording.")] = 0,
+    axis: Annotated[str, typer.Option(help="Volumes: axial, coronal or sagittal slices.")] = "axial",
+    min_area_mm2: Annotated[float, typer.Option(help="Volumes: least lesion of a category in a slice.")] = 10.0,
+    max_slices: Annotated[int, typer.Option(help="Volumes: at most so many slices, spread over the lesion.")] = 5,
+    window: Annotated[
+        str,
+        typer.Option(
+            help="Volumes: brain, stroke, lung, mediastinum, abdomen, liver, bone, CENTRE/WIDTH in HU, percentile or "
+            "file. Default: CT by its anatomy, MRI by percentiles."
+        ),
+    ] = "",
+    keep_empty: Annotated[bool, typer.Option("--keep-empty", help="Also slices or images without a lesion.")] = False,
+    channel: Annotated[str | None, typer.Option(help="nnU-Net: number or name; default the first.")] = None,
+    salt: Annotated[
+        str | None, typer.Option(help="DICOM: secret for the hashes of patients; default a new one, kept nowhere.")
+    ] = None,
 ) -> None:
-    """Make a data set from images and masks. Empty masks are kept as lesion-free samples.
+    """Make a data set from images and masks, in one of four forms.
 
-    Exits with 1 where a file could not be used; images or masks without their counterpart are only named.
+    folder: images/ and masks/ with the same names, or a folder of such folders; empty masks are lesion-free samples.
+
+    coco: JSON with polygons or run-length masks, and the images that it names.
+
+    nnunet: dataset.json, imagesTr/ and labelsTr/ with NIfTI volumes.
+
+    dicom: series and DICOM-SEG, nested at will. Patients become salted hashes.
+
+    Patients never cross splits. Exits with 1 where a file could not be used; images or masks without their counterpart
+    are only named.
+
+    Example: coreseg data import Dataset003_Liver --out liver --anatomy abdomen --labels labels.toml
     """
-    from coreseg.data.sources import import_folder
+    from coreseg.data.sources import import_set
+    from coreseg.data.volumes import Slicing
 
-    report = import_folder(
-        source, out, modality=modality, anatomy=anatomy, category=category, name=name, licence=licence,
-        val_share=val_share, seed=seed, case_pattern=case_pattern, progress=sys.stderr.isatty(),
+    report = import_set(
+        source, out, form=form, modality=modality, anatomy=anatomy, category=category, labels=labels, name=name,
+        licence=licence, val_share=val_share, together=together, case_pattern=case_pattern, seed=seed, channel=channel,
+        slicing=Slicing(axis, min_area_mm2, max_slices, window, keep_empty), salt=salt, progress=sys.stderr.isatty(),
     )  # fmt: skip
-    splits = ", ".join(f"{count} {split}" for split, count in report.splits.items())
-    counts = f"{report.rows} rows of {report.images} images ({splits}), {report.negatives} lesion-free"
-    typer.echo(f"{report.root}: {counts}")
-    if report.unknown_case:
-        typer.echo(f"{report.unknown_case} rows have no case: pictures of one patient may sit in two splits")
-    for case in report.split_cases:
-        typer.echo(f"case {case} stands in several splits, as given: figures on one will flatter the other", err=True)
-    for path in report.images_without_mask:
-        typer.echo(f"no mask for {path}", err=True)
-    for path in report.masks_without_image:
-        typer.echo(f"no image for {path}", err=True)
-    for refusal in report.refused:
-        typer.echo(f"set aside: {refusal.path}: {refusal.reason}", err=True)
+    for line in report.made():
+        typer.echo(line)
+    for line in report.to_mind():
+        typer.echo(line, err=True)
     if report.refused:
         raise typer.Exit(1)
 

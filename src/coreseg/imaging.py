@@ -100,8 +100,10 @@ def read_header(path: str | Path) -> Header:
         return Header(picture.format or "", orientation if orientation in range(1, 9) else 1, picture.size)
 
 
-def read_mask(path: str | Path) -> Bool[np.ndarray, "height width"]:
+def read_mask(path: str | Path, *, binary: bool = False) -> Bool[np.ndarray, "height width"]:
     """A mask file as booleans: every pixel that is not zero is lesion, be it 0/1, 0/255 or labelled 1, 2, 3.
+
+    binary: refuse a mask with more than one value besides zero, which may be several classes or soft edges.
 
     A JPEG is cut at half intensity, because compression leaves noise around the lesion. Fully transparent pixels are
     background. A coloured mask counts if it has one colour besides black; more colours would be several classes, and
@@ -109,7 +111,7 @@ def read_mask(path: str | Path) -> Bool[np.ndarray, "height width"]:
 
     Our choice.
 
-    Raises InputError where the file is not an image, or has several colours.
+    Raises InputError where the file is not an image, or has several colours, or values where `binary`.
     """
     name = str(path)
     with _opened(Path(path)) as picture, _decoding(name):
@@ -117,6 +119,7 @@ def read_mask(path: str | Path) -> Bool[np.ndarray, "height width"]:
         upright = _upright(picture, name)
         if _is_deep(upright) or upright.mode in ("1", "L"):
             values = np.asarray(upright)
+            _refuse_values(name, values, binary and not lossy)
             return np.asarray(values > _JPEG_MASK_THRESHOLD if lossy else values != 0)
         with_alpha = np.asarray(upright.convert("RGBA"))
     colour, alpha = with_alpha[..., :3], with_alpha[..., 3]
@@ -127,6 +130,7 @@ def read_mask(path: str | Path) -> Bool[np.ndarray, "height width"]:
     drawn = colour[lesion]
     grey = bool((drawn == drawn[:, :1]).all())
     _refuse_colours(name, several=not grey and bool((drawn != drawn[:1]).any()))
+    _refuse_values(name, drawn, binary)
     return lesion
 
 
@@ -333,4 +337,14 @@ def _refuse_colours(name: str, *, several: bool) -> None:
         raise InputError(
             f"{name}: the mask has several colours, expected one (black background, lesion in white). Save one mask "
             "per lesion category."
+        )
+
+
+def _refuse_values(name: str, values: Shaped[np.ndarray, "..."], binary: bool) -> None:
+    drawn = np.unique(values[values != 0]) if binary else ()
+    if len(drawn) > 1:
+        shown = ", ".join(str(value) for value in drawn[:3])
+        raise InputError(
+            f"{name}: the mask has {len(drawn)} values besides black ({shown}{', …' if len(drawn) > 3 else ''}), "
+            "expected one. For several classes save one mask per lesion category; soft edges cut at half intensity."
         )

@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance
 
 from coreseg.data.check import check_set
 from coreseg.data.lookalikes import find_matches, fingerprint
-from coreseg.data.sources import import_folder
+from coreseg.data.sources import import_set
 from coreseg.data.store import LesionSet, write_set
 from coreseg.imaging import write_mask
 from coreseg.testing import HELD_OUT_LOOKS, LOOKS, phantom, write_phantom_set
@@ -184,7 +184,7 @@ def test_flat_pictures_correlate_with_nothing() -> None:
 
 @pytest.mark.slow
 def test_the_real_sets_have_no_leak_but_three_shifted_copies(shared_lesions: Path, tmp_path: Path) -> None:
-    import_folder(shared_lesions, tmp_path / "all", progress=False)
+    import_set(shared_lesions, tmp_path / "all", progress=False)
     started = time.process_time()
     report = check_set(LesionSet.open(tmp_path / "all"), progress=False)
     assert time.process_time() - started < 60

@@ -1,18 +1,26 @@
 """Importing folders: layouts, splits, what is set aside, and that nothing is lost without a word."""
 
 import csv
+import errno
 import json
 import re
+import shutil
+import subprocess
 import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from coreseg.data.sources import ImportReport, import_folder
+from coreseg.data.sources import ImportReport, import_set, recognise
 from coreseg.data.store import LesionSet
-from coreseg.errors import DataError
+from coreseg.data.volumes import Slicing
+from coreseg.errors import CoreSegError
 from coreseg.imaging import read_image, read_mask, write_mask
 from coreseg.testing import phantom
 
@@ -22,7 +30,7 @@ SIZE_WH = (40, 32)
 
 def add(folder: Path, stem: str, *masks: str, suffix: str = ".png", lesions: int = 1) -> None:
     """A picture and any number of masks, by their names below masks/."""
-    seed = sum(map(ord, stem))
+    seed = zlib.crc32(stem.encode())
     shown = phantom(seed, size_wh=SIZE_WH, lesions=lesions)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "masks").mkdir(exist_ok=True)
@@ -41,7 +49,7 @@ def write_table(folder: Path, *rows: dict[str, str]) -> None:
 
 def imported(source: Path, **flags: object) -> tuple[ImportReport, LesionSet]:
     destination = source.parent / f"out-{source.name}"
-    report = import_folder(source, destination, progress=False, **{**FLAGS, **flags})  # type: ignore[arg-type]
+    report = import_set(source, destination, progress=False, **{**FLAGS, **flags})  # type: ignore[arg-type]
     return report, LesionSet.open(destination)
 
 
@@ -249,7 +257,7 @@ def test_patients_never_cross_splits_and_the_seed_decides(tmp_path: Path) -> Non
     split_by_seed = []
     for seed in (0, 0, 1):
         destination = tmp_path / f"out{len(split_by_seed)}"
-        report = import_folder(folder, destination, case_pattern=r"^P(\d+)_", seed=seed, val_share=0.25, progress=False,
+        report = import_set(folder, destination, case_pattern=r"^P(\d+)_", seed=seed, val_share=0.25, progress=False,
                                **FLAGS)  # fmt: skip
         assert report.unknown_case == 0
         samples = LesionSet.open(destination).samples
@@ -298,7 +306,7 @@ def test_reasoning_comes_from_whoever_is_asked(plain: Path) -> None:
 def test_one_more_image_changes_no_other_row_text(plain: Path) -> None:
     _, before = imported(plain)
     add(plain, "scan00", "scan00.png")
-    import_folder(plain, plain.parent / "again", progress=False, **FLAGS)
+    import_set(plain, plain.parent / "again", progress=False, **FLAGS)
     after = {sample.file_name: sample for sample in LesionSet.open(plain.parent / "again").samples}
     assert len(after) == 11
     for sample in before.samples:
@@ -368,8 +376,8 @@ def test_a_case_in_two_splits_is_kept_as_given_and_named(tmp_path: Path) -> None
 
 def refusal(source: Path, destination: Path | None = None, **flags: object) -> str:
     before = sorted(source.parent.rglob("*"))
-    with pytest.raises(DataError) as caught:
-        import_folder(source, destination or source.parent / "out", progress=False, **{**FLAGS, **flags})  # type: ignore[arg-type]
+    with pytest.raises(CoreSegError) as caught:
+        import_set(source, destination or source.parent / "out", progress=False, **{**FLAGS, **flags})  # type: ignore[arg-type]
     assert sorted(source.parent.rglob("*")) == before  # nothing left behind
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -382,7 +390,7 @@ def test_a_destination_with_something_in_it_is_never_touched(plain: Path) -> Non
     assert "not empty" in refusal(plain, taken)
     assert "not empty" in refusal(plain, taken / "thesis.txt")
     (plain.parent / "free").mkdir()
-    assert import_folder(plain, plain.parent / "free", progress=False, **FLAGS).rows == 10
+    assert import_set(plain, plain.parent / "free", progress=False, **FLAGS).rows == 10
 
 
 def test_wrong_layouts_and_missing_facts(plain: Path, tmp_path: Path) -> None:
@@ -414,12 +422,108 @@ def test_nothing_to_import(tmp_path: Path) -> None:
     assert "none of its pictures can be used" in refusal(tmp_path / "broken")
 
 
+# --- Forms, and places that cannot be written ----------------------------------------------------------------------
+
+
+def test_what_lies_there_is_recognised(plain: Path, tmp_path: Path) -> None:
+    assert recognise(plain) == ("folder", "images/ and masks/")
+    assert recognise(plain.parent)[0] == "folder"
+    (tmp_path / "raw" / "imagesTr").mkdir(parents=True)
+    assert recognise(tmp_path / "raw")[0] == "nnunet"
+    (tmp_path / "annotated").mkdir()
+    (tmp_path / "annotated" / "a.json").write_text('{"images": [], "annotations": []}')
+    assert recognise(tmp_path / "annotated") == recognise(tmp_path / "annotated" / "a.json") == ("coco", "a.json")
+    (tmp_path / "scans" / "deep").mkdir(parents=True)
+    (tmp_path / "scans" / "deep" / "I1").write_bytes(bytes(128) + b"DICM")
+    assert recognise(tmp_path / "scans") == ("dicom", "I1")
+    (tmp_path / "bare").mkdir()
+    assert "(folder)" in refusal(tmp_path / "bare") and "(dicom)" in refusal(tmp_path / "bare")
+    report, _ = imported(plain)
+    assert report.made()[1] == "read as folder, for its images/ and masks/; --form says otherwise"
+    assert "--axis does nothing for the form folder" in refusal(plain, slicing=Slicing(axis="coronal"))
+    assert "--labels does nothing for the form folder" in refusal(plain, labels=plain / "labels.toml")
+
+
+def test_names_in_any_script(tmp_path: Path) -> None:
+    folder = tmp_path / "Läsionen"
+    add(folder, "été 1", "été 1.png")
+    add(folder, "病例_2", "病例_2_опухоль.png")
+    report, lesion_set = imported(folder)
+    assert report.refused == ()
+    assert {(sample.file_name, sample.category) for sample in lesion_set.samples} == {
+        ("images/Läsionen_été-1.png", "breast tumor"),
+        ("images/Läsionen_病例_2.png", "опухоль"),
+    }
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system of its own in the folder, where the test may mount one."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(("options", "words"), [("size=32k", "No space left"), ("ro", "Read-only")])
+def test_a_disk_that_is_full_or_read_only(plain: Path, options: str, words: str) -> None:
+    with mounted(plain.parent / "disk", options) as disk:
+        said = refusal(plain, disk / "out")
+        assert words in said and "Check" in said
+        assert list(disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("full_from", [0, 3, 4, 19])
+def test_a_disk_that_fills_up_while_writing(plain: Path, monkeypatch: pytest.MonkeyPatch, full_from: int) -> None:
+    """The same where nothing may be mounted: images are copied and masks saved, and the write after some fails."""
+    written = []
+
+    def failing(write: Callable[..., object]) -> Callable[..., object]:
+        def writing(*args: Any, **kwargs: Any) -> object:
+            if len(written) == full_from:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written.append(args)
+            return write(*args, **kwargs)
+
+        return writing
+
+    monkeypatch.setattr(shutil, "copyfile", failing(shutil.copyfile))
+    monkeypatch.setattr(Image.Image, "save", failing(Image.Image.save))
+    before = sorted(plain.parent.rglob("*"))
+    with pytest.raises(CoreSegError, match="No space left"):
+        imported(plain)
+    assert sorted(plain.parent.rglob("*")) == before
+
+
+def test_masks_of_several_values_are_set_aside(plain: Path) -> None:
+    """They may be several classes or soft edges, and which is not known; noise of a JPEG is neither."""
+    classes = np.zeros((SIZE_WH[1], SIZE_WH[0]), dtype=np.uint8)
+    classes[4:10, 4:10], classes[12:20, 12:20] = 1, 2
+    Image.fromarray(classes).save(plain / "masks" / "scan1.png")
+    Image.fromarray(classes * 100).convert("RGB").save(plain / "masks" / "scan2.png")
+    Image.fromarray((classes > 0).astype(np.uint8) * 255).save(plain / "masks" / "scan3.png")
+    (plain / "masks" / "scan4.png").unlink()
+    Image.fromarray((classes > 0).astype(np.uint8) * 255).save(plain / "masks" / "scan4.jpg")
+    report, lesion_set = imported(plain)
+    refused = {refusal.path.name: refusal.reason for refusal in report.refused}
+    assert set(refused) == {"scan1.png", "scan2.png"}
+    assert "2 values besides black (1, 2), expected one" in refused["scan1.png"]
+    assert "(100, 200)" in refused["scan2.png"]
+    assert report.rows == 8
+    by_stem = {Path(sample.file_name).stem: sample for sample in lesion_set.samples}
+    assert lesion_set.mask(by_stem["mine_scan3"]).sum() == lesion_set.mask(by_stem["mine_scan4"]).sum() == 100
+
+
 # --- The real images -------------------------------------------------------------------------------------------------
 
 
 def test_real_sets_import_as_their_tables_say(shared_lesions: Path, tmp_path: Path) -> None:
     for name in ("idrid_hard_exudates", "idrid_haemorrhages", "breast_lesions_usg", "busi_normal"):
-        report = import_folder(shared_lesions / name, tmp_path / name, progress=False)
+        report = import_set(shared_lesions / name, tmp_path / name, progress=False)
         assert report.refused == report.images_without_mask == report.masks_without_image == ()
         table = (shared_lesions / name / "cases.csv").read_text(encoding="utf-8").splitlines()
         rows = list(csv.DictReader(table))
@@ -431,7 +535,7 @@ def test_real_sets_import_as_their_tables_say(shared_lesions: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_all_real_sets_import_in_under_two_minutes(shared_lesions: Path, tmp_path: Path) -> None:
     started = time.process_time()
-    report = import_folder(shared_lesions, tmp_path / "all", progress=False)
+    report = import_set(shared_lesions, tmp_path / "all", progress=False)
     assert time.process_time() - started < 120
     assert (report.rows, report.negatives, report.splits) == (3159, 244, {"train": 2621, "val": 538})
     assert report.refused == report.images_without_mask == report.masks_without_image == ()

@@ -102,9 +102,9 @@ def test_resizing_by_whole_steps_is_exact() -> None:
 
 @pytest.mark.slow
 def test_on_the_real_images_it_gets_what_is_known(shared_lesions: Path, tmp_path: Path) -> None:
-    from coreseg.data.sources import import_folder
+    from coreseg.data.sources import import_set
 
-    import_folder(shared_lesions, tmp_path / "set", describe=lambda *_: "", progress=False)
+    import_set(shared_lesions, tmp_path / "set", describe=lambda *_: "", progress=False)
     lesion_set = LesionSet.open(tmp_path / "set")
     evaluation = evaluate(lesion_set, BlindBaseline.fit(lesion_set), progress=False)
     assert evaluation.summary["n_lesion"] == 497

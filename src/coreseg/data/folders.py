@@ -16,65 +16,25 @@ Our choice: the layout that most public sets come in.
 
 import csv
 import io
-import json
 import re
-import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
+from coreseg.data.pictures import (
+    Found,
+    Picture,
+    Refusal,
+    SetFolder,
+    compile_case_pattern,
+    describe_folder,
+    find_case,
+)
 from coreseg.data.store import SPLITS
 from coreseg.errors import DataError
 
 _PLAIN_MASK_WORDS = {"mask", "masks", "seg", "segmentation", "label", "gt", "groundtruth"}
 _IGNORED_FILES = {"thumbs.db", "desktop.ini"}
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A file that was set aside, and why."""
-
-    path: Path
-    reason: str
-
-
-@dataclass(frozen=True)
-class SetFolder:
-    """One set folder and what is known of all its pictures; `category` may be empty."""
-
-    path: Path
-    name: str
-    title: str
-    modality: str
-    anatomy: str
-    category: str
-    licence: str
-    source: str
-    notes: str
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture to import and its mask files by category; an empty split is drawn later."""
-
-    folder: SetFolder
-    image: Path
-    masks: Mapping[str, tuple[Path, ...]]
-    case: str
-    split: str
-
-
-@dataclass(frozen=True)
-class Found:
-    """All that a source folder holds: its set folders, the pictures to import, and what does not fit."""
-
-    folders: tuple[SetFolder, ...]
-    pictures: tuple[Picture, ...]
-    refused: tuple[Refusal, ...]
-    images_without_mask: tuple[Path, ...]
-    masks_without_image: tuple[Path, ...]
 
 
 def find_pictures(source: Path, facts: Mapping[str, str | None], name: str | None, case_pattern: str | None) -> Found:
@@ -85,7 +45,7 @@ def find_pictures(source: Path, facts: Mapping[str, str | None], name: str | Non
 
     Raises DataError where the layout, set.json, cases.csv or the pattern is wrong, or a fact is given nowhere.
     """
-    pattern = _compile(case_pattern)
+    pattern = compile_case_pattern(case_pattern)
     folders = _set_folders(source, facts, name)
     parts = [_find_in(folder, pattern) for folder in folders]
     return Found(
@@ -97,24 +57,12 @@ def find_pictures(source: Path, facts: Mapping[str, str | None], name: str | Non
     )
 
 
-def _compile(pattern: str | None) -> re.Pattern[str] | None:
-    if pattern is None:
-        return None
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise DataError(f"The case pattern {pattern!r} is no regular expression: {error}. Correct it.") from error
-    if compiled.groups < 1:
-        raise DataError(f"The case pattern {pattern!r} has no group. Put the patient's part in brackets: 'P(\\d+)_.*'.")
-    return compiled
-
-
 def _set_folders(source: Path, flags: Mapping[str, str | None], name: str | None) -> list[SetFolder]:
     if not source.is_dir():
         raise DataError(f"{source}: no such folder. Expected one with images/ and masks/ in it: check the path.")
-    if _is_set_folder(source):
-        return [_set_folder(source, flags, name or source.resolve().name)]
-    inside = [path for path in sorted(source.iterdir()) if path.is_dir() and _is_set_folder(path)]
+    if is_set_folder(source):
+        return [describe_folder(source, flags, name or source.resolve().name)]
+    inside = [path for path in sorted(source.iterdir()) if path.is_dir() and is_set_folder(path)]
     if not inside:
         raise DataError(
             f"{source}: neither images/ and masks/ in it, nor folders that have them. Put the pictures into images/ "
@@ -122,30 +70,12 @@ def _set_folders(source: Path, flags: Mapping[str, str | None], name: str | None
         )
     if name is not None:
         raise DataError(f"{source} holds {len(inside)} sets, which keep their folders' names: leave the name out.")
-    return [_set_folder(path, flags, path.name) for path in inside]
+    return [describe_folder(path, flags, path.name) for path in inside]
 
 
-def _is_set_folder(path: Path) -> bool:
+def is_set_folder(path: Path) -> bool:
+    """Whether a folder holds `images/` and `masks/`."""
     return (path / "images").is_dir() and (path / "masks").is_dir()
-
-
-def _set_folder(path: Path, flags: Mapping[str, str | None], name: str) -> SetFolder:
-    about = path / "set.json"
-    told: object = {}
-    if about.is_file():
-        try:
-            told = json.loads(about.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(
-                f"{about}: not JSON ({error}). Expected an object with title, modality and so on."
-            ) from error
-    if not isinstance(told, dict):
-        raise DataError(f"{about}: a JSON {type(told).__name__}, expected an object with title, modality and so on.")
-    facts = {key: str(told.get(key) or flags.get(key) or "").strip() for key in (*flags, "title", "source", "notes")}
-    for key in ("modality", "anatomy"):
-        if not facts[key]:
-            raise DataError(f"{path}: its {key} is given nowhere. Give --{key}, or write it into {about}.")
-    return SetFolder(path=path, name=name, **facts)
 
 
 def _find_in(folder: SetFolder, pattern: re.Pattern[str] | None) -> Found:
@@ -154,9 +84,8 @@ def _find_in(folder: SetFolder, pattern: re.Pattern[str] | None) -> Found:
     masks = _files(folder.path / "masks", refused, nested=True)
     table = folder.path / "cases.csv"
     pictures = _from_table(table, folder, refused) if table.is_file() else _from_names(folder, images, masks, refused)
-    if pattern is not None:
-        pictures = [_with_case(picture, pattern) for picture in pictures]
-    taken = {picture.image for picture in pictures} | {refusal.path for refusal in refused}
+    pictures = [replace(each, case=each.case or find_case(folder, each.name, pattern)) for each in pictures]
+    taken = {picture.origin for picture in pictures} | {refusal.path for refusal in refused}
     used = {path for picture in pictures for paths in picture.masks.values() for path in paths}
     return Found(
         folders=(folder,),
@@ -165,14 +94,6 @@ def _find_in(folder: SetFolder, pattern: re.Pattern[str] | None) -> Found:
         images_without_mask=tuple(path for path in images if path not in taken),
         masks_without_image=tuple(path for path in masks if path not in used),
     )
-
-
-def _with_case(picture: Picture, pattern: re.Pattern[str]) -> Picture:
-    match = pattern.search(picture.image.stem)
-    if picture.case or match is None or not match[1]:
-        return picture
-    # Patient 7 of one set is not patient 7 of another.
-    return replace(picture, case=f"{picture.folder.name}/{match[1]}")
 
 
 def _files(folder: Path, refused: list[Refusal], *, nested: bool = False) -> list[Path]:
@@ -224,7 +145,8 @@ def _from_rows(folder: SetFolder, image: str, rows: list[dict[str, str]]) -> Pic
         category = _category(row.get("category") or folder.category, folder)
         masks[category] = (*masks.get(category, ()), folder.path / "masks" / row["mask"])
     case, split = (next((row[key] for row in rows if row.get(key)), "") for key in ("case", "split"))
-    return Picture(folder, folder.path / "images" / image, masks, case, split)
+    path = folder.path / "images" / image
+    return Picture(folder, path, path.stem, path, masks, case, split)
 
 
 def _from_names(folder: SetFolder, images: list[Path], masks: list[Path], refused: list[Refusal]) -> list[Picture]:
@@ -245,7 +167,7 @@ def _from_names(folder: SetFolder, images: list[Path], masks: list[Path], refuse
         category = _category(nested.replace("_", " ") or words or folder.category, folder)
         of_image = found.setdefault(stem, {})
         of_image[category] = (*of_image.get(category, ()), path)
-    return [Picture(folder, by_stem[stem], found[stem], "", "") for stem in by_stem if stem in found]
+    return [Picture(folder, path, stem, path, found[stem], "", "") for stem, path in by_stem.items() if stem in found]
 
 
 def _split_stem(mask_stem: str, images: Mapping[str, Path]) -> tuple[str, str]:
@@ -271,27 +193,3 @@ def _category(text: str, folder: SetFolder) -> str:
             f"{folder.path}: the category of its masks is given nowhere. Give --category or write set.json."
         )
     return category
-
-
-def with_splits(pictures: Sequence[Picture], val_share: float, seed: int) -> list[Picture]:
-    """Every picture with a split: the given one, that of its patient, or one drawn by patient within each set."""
-
-    def group(picture: Picture) -> str:
-        return f"case {picture.case}" if picture.case else f"image {picture.image}"
-
-    split_of: dict[str, str] = {}
-    for picture in pictures:
-        if picture.split:
-            split_of.setdefault(group(picture), picture.split)
-    undecided: dict[str, list[str]] = {}
-    for picture in pictures:
-        if group(picture) not in split_of:
-            split_of[group(picture)] = "train"
-            undecided.setdefault(picture.folder.name, []).append(group(picture))
-    for name, groups in undecided.items():
-        count = round(val_share * len(groups))
-        if val_share > 0 and len(groups) > 1:
-            count = max(1, count)
-        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        split_of.update({groups[index]: "val" for index in rng.permutation(len(groups))[:count]})
-    return [replace(picture, split=picture.split or split_of[group(picture)]) for picture in pictures]
