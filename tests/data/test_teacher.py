@@ -244,7 +244,8 @@ def test_a_run_that_is_stopped_waits_for_what_is_out_and_keeps_it(tmp_path: Path
     lesions = lesion_set(tmp_path / "set", 20, lambda row: f"nodule {word(row)}")
     with TeacherServer(well, latency_s=0.2) as server:
         ledger = Ledger(tmp_path / "cache")
-        outcomes = describe_rows(lesions, lesions.samples, config_for(server.url, tmp_path / "cache"), ledger)
+        config = config_for(server.url, tmp_path / "cache", in_flight=4)
+        outcomes = describe_rows(lesions, lesions.samples, config, ledger)
         next(outcomes)
         outcomes.close()
         assert 3 <= server.requests < 2 * len(lesions.samples) and server.open == 0
@@ -352,14 +353,14 @@ def test_a_full_folder_and_one_that_cannot_be_written(tmp_path: Path, monkeypatc
 
 
 def test_the_measured_describer_is_the_default_and_repeats_an_import(tmp_path: Path) -> None:
-    from coreseg.data.sources import import_folder
+    from coreseg.data.sources import import_set
 
     write_phantom_set(tmp_path / "set", count=6, seed=2, size_wh=(64, 48), two_kinds=0.0)
     (tmp_path / "set" / "metadata.jsonl").unlink()
     for path in (tmp_path / "set" / "masks").iterdir():
         path.rename(path.with_name(path.name.replace("-nodule", "").replace("-cyst", "")))
     facts = {"modality": "ct", "anatomy": "lung", "category": "lung tumor", "seed": 5}
-    imported = import_folder(tmp_path / "set", tmp_path / "mine", **facts, progress=False)
+    imported = import_set(tmp_path / "set", tmp_path / "mine", **facts, progress=False)
     lesions = LesionSet.open(imported.root)
     report = describe_set(lesions, tmp_path / "same", seed=5, progress=False)
     assert report.kept == 6 and report.spent is None and report.stated > 2
