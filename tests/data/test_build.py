@@ -1,9 +1,11 @@
 """The whole pipeline: stages in order, killed and gone on with, here and on a cluster."""
 
 import json
+import operator
 import shutil
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,17 @@ def test_a_cluster_that_loses_a_machine_builds_the_same(
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_cluster_maps_in_order() -> None:
+    """Folds come as a partial function."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR")
+    try:
+        assert list(engine.OnRay().map(partial(operator.sub, 10), [1, 2, 3])) == [9, 8, 7]
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ class OnRay(Here):
     def map(self, function: Callable[[Work], Made], work: Sequence[Work]) -> Iterator[Made]:
         """See `Here`; each piece of work is a task of one processor."""
         ray = _joined()
-        task = ray.remote(max_retries=-1)(function)
+        # Ray takes plain functions only, and what comes may be a partial one.
+        task = ray.remote(max_retries=-1)(lambda each: function(each))
         for made in [task.remote(each) for each in work]:
             yield ray.get(made)
 
