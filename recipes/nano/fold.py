@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
 
-from coreseg.data.store import LesionSet, write_set
+from coreseg.data.store import LesionSet, copy_rows, new_set
 from coreseg.types import Sample
 
 if __name__ == "__main__":
@@ -26,7 +26,5 @@ if __name__ == "__main__":
         group = crc32((sample.case or sample.file_name).encode()) % options.folds
         return replace(sample, split="val" if group == options.fold else "train")
 
-    options.out.mkdir(parents=True)
-    for folder in ("images", "masks"):
-        (options.out / folder).symlink_to((options.dataset / folder).resolve())
-    write_set(options.out, [moved(sample) for sample in lesions.split("train")])
+    with new_set(options.out) as root:
+        copy_rows(lesions, [moved(sample) for sample in lesions.split("train")], root)

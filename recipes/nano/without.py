@@ -9,7 +9,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from coreseg.data.store import LesionSet, write_set
+from coreseg.data.store import LesionSet, copy_rows, new_set
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -25,8 +25,7 @@ if __name__ == "__main__":
         "unseen": [replace(sample, split="val") for sample in lesions.samples if sample.source in options.sources],
     }
     for name, samples in rows.items():
-        (options.out / name).mkdir(parents=True)
-        for folder in ("images", "masks"):
-            (options.out / name / folder).symlink_to((options.dataset / folder).resolve())
-        write_set(options.out / name, samples)
+        options.out.mkdir(parents=True, exist_ok=True)
+        with new_set(options.out / name) as root:
+            copy_rows(lesions, samples, root)
         print(f"{options.out / name}: {len(samples)} rows")

@@ -614,9 +614,9 @@ def _dry_run(samples: Sequence[Any], config: Any) -> None:
     if config is None:
         raise ConfigError("--dry-run shows what a teacher or judge would be told; name its file of settings")
     from coreseg.data.build.preview import estimate, prompts_text
+    from coreseg.data.store import evenly
 
-    shown = min(2, len(samples))
-    typer.echo(prompts_text([samples[number * len(samples) // shown] for number in range(shown)], config))
+    typer.echo(prompts_text(evenly(samples, 2), config))
     typer.echo(f"\n{estimate(samples, config).text()}")
     for address in dict.fromkeys(each.base_url for each in config.endpoints):
         typer.echo(f"pictures and words would go to {address}")
@@ -696,7 +696,7 @@ def data_show(
 ) -> None:
     """Draw rows of a data set, masks outlined, on one PNG."""
     from coreseg.data.show import contact_sheet
-    from coreseg.data.store import LesionSet
+    from coreseg.data.store import LesionSet, evenly
 
     if out.suffix.lower() != ".png":
         raise InputError(f"--out is {out}; expected a name ending in .png")
@@ -704,9 +704,9 @@ def data_show(
     samples = lesions.split(split)
     if not samples:
         raise InputError(f"{dataset} has no rows in split {split!r}; it has {lesions.splits_there()}")
-    shown = min(count, len(samples))
-    contact_sheet(lesions, [samples[number * len(samples) // shown] for number in range(shown)]).save(out)
-    typer.echo(f"{out}: {shown} of {len(samples)} rows")
+    shown = evenly(samples, count)
+    contact_sheet(lesions, shown).save(out)
+    typer.echo(f"{out}: {len(shown)} of {len(samples)} rows")
 
 
 @data_app.command("manifest")

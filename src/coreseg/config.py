@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import os
 import tomllib
 import types
 import typing
@@ -303,9 +304,16 @@ _TYPE_NAMES: Mapping[Any, str] = {
 
 
 def save(settings: Any, path: Path) -> None:
-    """Write settings as TOML that `load` reads back to the same values."""
+    """Write settings as TOML that `load` reads back to the same values; nobody ever reads half of it."""
     lines = [f"{key} = {_to_toml(value)}" for key, value in asdict(settings).items() if value is not None]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def changed(old: Settings, new: Settings) -> list[str]:
+    """The names of the settings in which two of a kind differ."""
+    return [name for name in asdict(typing.cast(Any, old)) if getattr(old, name) != getattr(new, name)]
 
 
 def _to_toml(value: Any) -> str:

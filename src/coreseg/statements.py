@@ -62,7 +62,7 @@ def measure(
 
 def measure_all(image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray, "height width"]) -> dict[str, str]:
     """The value of every kind that can be measured. An empty mask has only the count "none"."""
-    return {kind: next(iter(values)) for kind, values in _values(image, mask, slack=0.0).items() if values}
+    return _measured(_look_at(image, mask))
 
 
 def accepted(
@@ -79,16 +79,33 @@ def accepted_all(
     image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray, "height width"]
 ) -> dict[str, frozenset[str]]:
     """`accepted` of every kind that can be measured, in one pass."""
-    return {kind: frozenset(values) for kind, values in _values(image, mask, slack=1.0).items() if values}
+    return _accepted(_look_at(image, mask))
 
 
-def _values(
-    image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray, "height width"], slack: float
-) -> dict[str, list[str]]:
+def measured_and_accepted(
+    image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray, "height width"]
+) -> tuple[dict[str, str], dict[str, frozenset[str]]]:
+    """`measure_all` and `accepted_all` from one look at the pixels."""
+    seen = _look_at(image, mask)
+    return _measured(seen), _accepted(seen)
+
+
+def _look_at(image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray, "height width"]) -> Features | None:
+    return features(image, mask) if mask.any() else None
+
+
+def _measured(seen: Features | None) -> dict[str, str]:
+    return {kind: values[0] for kind, values in _values(seen, slack=0.0).items() if values}
+
+
+def _accepted(seen: Features | None) -> dict[str, frozenset[str]]:
+    return {kind: frozenset(values) for kind, values in _values(seen, slack=1.0).items() if values}
+
+
+def _values(seen: Features | None, slack: float) -> dict[str, list[str]]:
     """Values per kind: one each with slack 0, those within the tolerance of a threshold with slack 1."""
-    if not mask.any():
+    if seen is None:
         return {"count": ["none"]}
-    seen = features(image, mask)
     # A size within a quarter of a limit is near it: sizes are compared by ratio, so on a logarithmic scale.
     size_limits = tuple(float(np.log(share)) for share in (0.002, 0.015, 0.06, 0.2))
     return {

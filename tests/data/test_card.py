@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from coreseg.data.build.card import EXAMPLES, Rejected, Stage, counts, evenly, write_card
-from coreseg.data.store import LesionSet, write_set
+from coreseg.data.build.card import EXAMPLES, Rejected, Stage, counts, write_card
+from coreseg.data.store import LesionSet, evenly, write_set
 from coreseg.testing import write_phantom_set
 
 

@@ -106,6 +106,18 @@ class LesionSet:
         return path
 
 
+def evenly(rows: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of them, evenly spaced, the first among them."""
+    shown = min(count, len(rows))
+    return [rows[number * len(rows) // shown] for number in range(shown)]
+
+
+def require_empty(folder: Path) -> None:
+    """Raises DataError where something is there already, other than an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder}: already there and not empty; nothing in it is touched. Choose a new folder.")
+
+
 @contextmanager
 def new_set(destination: Path) -> Iterator[Path]:
     """A folder to make a data set in, with `images/` and `masks/`, which takes the destination's place at the end.
@@ -114,8 +126,7 @@ def new_set(destination: Path) -> Iterator[Path]:
 
     Raises DataError where the destination is not empty, or where it cannot be written.
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise DataError(f"{destination}: already there and not empty; nothing in it is touched. Choose a new folder.")
+    require_empty(destination)
     staging = destination.absolute().with_name(f".{destination.absolute().name}.making-{os.getpid()}")
     try:
         for folder in ("images", "masks"):

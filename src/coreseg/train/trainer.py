@@ -7,13 +7,11 @@ A run folder holds `settings.toml`, Trainer's `checkpoint-*/` to go on from, `be
 import copy
 import json
 import math
-import os
 import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -455,18 +453,14 @@ def claim(config: StageConfig) -> Path:
     out = Path(config.out)
     _check_same_settings(out, config)
     out.mkdir(parents=True, exist_ok=True)
-    file = out / SETTINGS_FILE
-    # Several processes write the same; after a rename nobody reads half of it.
-    part = file.with_suffix(f".{os.getpid()}.part")
-    settings_files.save(config, part)
-    part.replace(file)
+    settings_files.save(config, out / SETTINGS_FILE)
     return out
 
 
 def _check_same_settings(out: Path, config: StageConfig) -> None:
     file = out / SETTINGS_FILE
     if file.exists() and (old := _settings_of(file, type(config))) != config:
-        changed = [name for name in asdict(config) if getattr(old, name) != getattr(config, name)]
+        changed = settings_files.changed(old, config)
         what = ", ".join(f"{name} was {getattr(old, name)!r}, is {getattr(config, name)!r}" for name in changed)
         raise ConfigError(
             f"{out} holds a run with other settings ({what}); give another `out` (to train further, with that run as "

@@ -1,4 +1,4 @@
-"""The whole pipeline from one file of settings: import, keep what is hard, describe, review; then the card.
+"""The whole pipeline from one file of settings: keep what is hard, describe, review; then the card.
 
     OUT/build.toml        the settings, defaults too
     OUT/stages/NAME/      what each stage made, a data set of its own; pictures are links, so they take no room twice
@@ -30,7 +30,7 @@ from coreseg.data.build.run import REPORT, SET_ASIDE, describe_set, review_set
 from coreseg.data.build.scores import FilterSettings, TrainFold
 from coreseg.data.build.settings import TeacherConfig
 from coreseg.data.manifest import write_manifest
-from coreseg.data.store import LesionSet, copy_rows, new_set, parse_row
+from coreseg.data.store import LesionSet, copy_rows, new_set, parse_row, require_empty
 from coreseg.errors import ConfigError, DataError
 
 SETTINGS, MANIFEST, BENCHMARK = "build.toml", "manifest.json", "benchmark.jsonl"
@@ -97,19 +97,16 @@ def build(config: BuildConfig, train_fold: TrainFold | None = None, *, progress:
 
 def _claim(out: Path, config: BuildConfig) -> None:
     file = out / SETTINGS
-    if file.exists() and (old := settings_files.load(BuildConfig, file)) != config:
-        changed = [name for name in asdict(config) if getattr(old, name) != getattr(config, name)]
+    if not file.exists():
+        require_empty(out)
+    elif differ := settings_files.changed(settings_files.load(BuildConfig, file), config):
         raise ConfigError(
-            f"{out} holds a build with other settings ({', '.join(changed)} changed); give another `out`, or delete "
+            f"{out} holds a build with other settings ({', '.join(differ)} changed); give another `out`, or delete "
             "that folder"
         )
-    if not file.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: already there and not empty; nothing in it is touched. Choose a new folder.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        settings_files.save(config, part)
-        part.replace(file)
+        settings_files.save(config, file)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error}). Check space and permissions.") from error
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from coreseg.data.store import SOURCES, SPLITS, LesionSet
+from coreseg.data.store import SOURCES, SPLITS, LesionSet, evenly
 from coreseg.imaging import overlay
 from coreseg.types import Sample
 
@@ -62,11 +62,6 @@ def write_card(
 def counts(samples: Iterable[Sample], part: str) -> list[tuple[str, int]]:
     """Rows by one of a row's fields, most first."""
     return Counter(str(getattr(sample, part)) for sample in samples).most_common()
-
-
-def evenly(rows: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of them, evenly spaced."""
-    return [rows[number * len(rows) // min(count, len(rows))] for number in range(min(count, len(rows)))]
 
 
 def _facts(lesions: LesionSet) -> dict[str, str]:

@@ -37,7 +37,7 @@ from coreseg.data.build.scores import (
     trained,
     write_text,
 )
-from coreseg.data.store import SPLITS, LesionSet, copy_rows
+from coreseg.data.store import SPLITS, LesionSet, copy_rows, require_empty
 from coreseg.errors import ConfigError, DataError, MissingExtraError
 
 SCORES, SUMMARY, CURVES = "scores.jsonl", "filter.json", "curves"
@@ -88,8 +88,7 @@ def filter_set(
     a library is missing.
     """
     settings = _resolved(settings, scores)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: already there and not empty; nothing in it is touched. Choose a new folder.")
+    require_empty(out)
     if not any(sample.boxes for sample in lesions.samples):
         raise DataError(f"{lesions.root}: no row has a lesion, so none has a difficulty. Give another data set.")
     work = out.absolute().with_name(f".{out.absolute().name}.filtering")
@@ -165,7 +164,7 @@ def _summary(
 ) -> dict[str, Any]:
     """What `filter.json` holds: the same for the same run, so no times."""
     rows = list(zip(lesions.samples, scores, strict=True))
-    by_cut = {name: [score for score in scores if score.group and name in (score.group, score.source)] for name in cuts}
+    by_cut = {name: _of_cut(scores, name) for name in cuts}
     return {
         "rows_in": len(rows),
         "rows_out": sum(score.kept for score in scores),
@@ -178,6 +177,11 @@ def _summary(
         "rows": rows_digest(lesions),
         "versions": {"coreseg": __version__} | _versions(),
     }
+
+
+def _of_cut(scores: Sequence[Score], name: str) -> list[Score]:
+    """The rows that a cut was made of, by the name of its group or source."""
+    return [score for score in scores if score.group and name in (score.group, score.source)]
 
 
 def _in_out(scores: Sequence[Score]) -> dict[str, int]:
@@ -218,7 +222,7 @@ def _write(
     write_text(root / SUMMARY, json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
     (root / CURVES).mkdir()
     for number, (name, cut) in enumerate(cuts.items(), start=1):
-        values = [score.value for score in scores if score.group and name in (score.group, score.source)]
+        values = [score.value for score in _of_cut(scores, name)]
         # Capitals, as loaders take words such as "test" in a picture's name for a split.
         safe = re.sub(r"\W+", "_", name).strip("_").upper()
         save_curve(root / CURVES / f"{number:02d}_{safe}.png", name, np.array(values, dtype=float), cut)

@@ -21,7 +21,7 @@ from coreseg.data.store import LesionSet
 from coreseg.errors import DataError, InputError
 from coreseg.questions import plural
 from coreseg.sentences import find
-from coreseg.statements import accepted_all, contradictions, measure_all
+from coreseg.statements import contradictions, measured_and_accepted
 from coreseg.types import Sample
 
 MIN_WORDS, MAX_WORDS = 15, 110
@@ -128,7 +128,7 @@ class Facts:
     @classmethod
     def of(cls, image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray, "height width"]) -> "Facts":
         """Measured on a picture and its mask."""
-        return cls(measure_all(image, mask), accepted_all(image, mask))
+        return cls(*measured_and_accepted(image, mask))
 
 
 def pixel_faults(text: str, facts: Facts) -> list[Fault]:

@@ -22,7 +22,7 @@ from coreseg.data.build.engine import HERE, Here
 from coreseg.data.build.ledger import Ledger, Spent
 from coreseg.data.build.settings import TeacherConfig
 from coreseg.data.build.stage import Outcome
-from coreseg.data.store import METADATA, SOURCES, LesionSet, row_line, share_file
+from coreseg.data.store import METADATA, SOURCES, LesionSet, require_empty, row_line, share_file
 from coreseg.errors import DataError, TeacherError
 from coreseg.sentences import find_all
 
@@ -37,12 +37,10 @@ class DerivedSet:
     """
 
     def __init__(self, source: LesionSet, out: Path) -> None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise DataError(f"{out}: already there and not empty; nothing in it is touched. Choose a new folder.")
+        require_empty(out)
         self._source, self._out = source.root, out
         # Always the same, so that what a killed run has left is cleared away by the next.
         self._staging = out.absolute().with_name(f".{out.absolute().name}.partial")
-        self._linked: set[str] = set()
 
     def __enter__(self) -> "DerivedSet":
         with self._told():

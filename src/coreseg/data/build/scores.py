@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from coreseg.config import require
 from coreseg.data.build.difficulty import Fold, ease, group_rows, split_folds
 from coreseg.data.store import LesionSet
 from coreseg.errors import ConfigError, DataError
@@ -53,7 +54,7 @@ class FilterSettings:
     drop_lesion_free: bool = False
 
     def __post_init__(self) -> None:
-        checks = (
+        for fine, name, expected in (
             (self.folds >= 2, "folds", "2 or more"),
             (self.steps >= 1, "steps", "1 or more"),
             (self.minutes_per_fold >= 0, "minutes_per_fold", "0 or more"),
@@ -62,10 +63,8 @@ class FilterSettings:
             (self.pool_under >= 0, "pool_under", "0 or more"),
             (self.seed >= 0, "seed", "0 or more"),
             (0 <= self.keep_share <= 1, "keep_share", "a share from 0 to 1, such as 0.3"),
-        )
-        for fine, name, expected in checks:
-            if not fine:
-                raise ConfigError(f"setting {name} is {getattr(self, name)!r}; expected {expected}")
+        ):
+            require(fine, name, getattr(self, name), expected)
 
 
 TrainFold = Callable[[LesionSet, FilterSettings, Path, Fold], Sequence[float]]
