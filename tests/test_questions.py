@@ -1,9 +1,11 @@
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from coreseg import questions
+from coreseg.errors import DataError
 from coreseg.questions import among_other_words, ask, attribute_questions, plural, with_article
 
 SIDE = 100
@@ -81,6 +83,31 @@ def test_article() -> None:
     assert with_article("ulcer") == "an ulcer" and with_article("polyp") == "a polyp"
     assert with_article("MS lesion") == "an MS lesion" and with_article("x-ray image") == "an x-ray image"
     assert with_article("CT scan") == "a CT scan" and with_article("ischemic stroke") == "an ischemic stroke"
+
+
+OWN_WORDS = Path(__file__).parents[1] / "recipes" / "nano" / "own_words"
+
+
+def test_own_words_come_in_two_halves_that_share_no_question() -> None:
+    shown, held_back = (questions.read_own_words(OWN_WORDS / f"{half}.toml") for half in ("shown", "held_back"))
+    assert shown.keys() == held_back.keys() == questions._LAY_WORDS.keys()
+    texts = [[text.lower() for of_one in half.values() for text in of_one] for half in (shown, held_back)]
+    assert [len(each) for each in texts] == [100, 100] == [len(set(each)) for each in texts]
+    assert not set(texts[0]) & set(texts[1])
+    for category in shown:
+        of_templates = {
+            ask(category, np.random.default_rng(seed), held) for seed in range(300) for held in (True, False)
+        }
+        assert not {*shown[category], *held_back[category]} & of_templates
+
+
+@pytest.mark.parametrize("text", ["", "polyp = 'one'", "polyp = []", "polyp = ['  ']", "polyp", "[polyp]\na = 'b'"])
+def test_a_file_that_holds_no_questions_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "q.toml").write_text(text)
+    with pytest.raises(DataError, match="xpected"):
+        questions.read_own_words(tmp_path / "q.toml")
+    with pytest.raises(DataError, match="cannot be read"):
+        questions.read_own_words(tmp_path / "gone.toml")
 
 
 def test_other_words_leave_the_question_in_its_order() -> None:

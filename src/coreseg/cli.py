@@ -220,6 +220,10 @@ def evaluate(
     ] = False,
     held_out_questions: Annotated[bool, typer.Option(help="Ask by templates that training never used.")] = False,
     attribute_questions: Annotated[bool, typer.Option(help="Ask also for one of several lesions.")] = False,
+    own_words: Annotated[
+        Path | None,
+        typer.Option("--own-words", metavar="TOML", help="Ask by questions from a file, lists by category."),
+    ] = None,
     question_blind: Annotated[
         bool, typer.Option(help='Add the segmenter\'s "any lesion" prompt as a baseline.')
     ] = False,
@@ -248,6 +252,7 @@ def evaluate(
     from coreseg.evaluate.report import evaluate_and_report, print_table, summary, write_summary
     from coreseg.evaluate.run import Evaluation
     from coreseg.evaluate.run import evaluate as run
+    from coreseg.questions import read_own_words
 
     lesions = LesionSet.open(dataset)
     options: dict[str, Any] = {
@@ -255,6 +260,7 @@ def evaluate(
         "out": out,
         "held_out_questions": held_out_questions,
         "attribute_questions": attribute_questions,
+        "own_words": read_own_words(own_words) if own_words else None,
         "batch_size": batch_size,
         "limit": limit,
         "progress": not as_json and sys.stderr.isatty(),
@@ -313,6 +319,9 @@ def compare(
     out: Annotated[
         Path | None, typer.Option("--out", help="CSV file for the differences, question by question.")
     ] = None,
+    any_words: Annotated[
+        bool, typer.Option("--any-words", help="Pair by row, to see what other words for the same question cost.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON instead of tables.")] = False,
 ) -> None:
     """Compare two evaluations of the same questions: B less A, paired, with 95 % intervals and a verdict in words.
@@ -327,7 +336,7 @@ def compare(
     if out and out.suffix.lower() != ".csv":
         raise InputError(f"--out is {out}; expected a name ending in .csv")
     sides = read_side("A", [a, *(more_a or [])]), read_side("B", [b, *(more_b or [])])
-    pairs = matched(*sides)
+    pairs = matched(*sides, any_words=any_words)
     comparison = run(pairs)
     if out:
         write_differences(out, pairs)

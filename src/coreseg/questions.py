@@ -5,13 +5,16 @@ our choice. Any category works; the table of lay words only adds variety to thos
 """
 
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from scipy import ndimage
 
+from coreseg.errors import DataError
 from coreseg.masks import label_lesions, smallest_lesion_px
 from coreseg.sentences import pick
 from coreseg.types import MAX_BOXES
@@ -174,6 +177,23 @@ def ask(category: str, rng: np.random.Generator, held_out: bool = False) -> str:
     template = pick(_HELD_OUT_TEMPLATES if held_out else _TEMPLATES, rng)
     text = template.format(one=noun, a_one=with_article(noun), many=plural(noun))
     return text if held_out else _typed(text, rng)
+
+
+def read_own_words(path: Path) -> dict[str, tuple[str, ...]]:
+    """Questions that people wrote, by category: a TOML file of lines such as `polyp = ["polip?", "Any polyps here?"]`.
+
+    Raises DataError where it is anything else.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: the questions cannot be read ({error}). Expected a TOML file.") from error
+    for category, texts in table.items():
+        if not (isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)):
+            raise DataError(f'{path}: {category!r} is {texts!r}, expected a list of questions such as ["Any polyps?"].')
+    if not table:
+        raise DataError(f'{path}: no questions in it. Expected lines such as polyp = ["Any polyps?"].')
+    return {category: tuple(texts) for category, texts in table.items()}
 
 
 def among_other_words(question: str, rng: np.random.Generator) -> str:

@@ -186,6 +186,16 @@ def test_packed_records_are_the_same(run: Callable[..., Path]) -> None:
     assert read_side("A", [before.folder]) == [before]
 
 
+def test_other_words_for_the_same_lesions_pair_where_asked_for(run: Callable[..., Path]) -> None:
+    a, b = read_side("A", [run("a")]), read_side("B", [run("b", held_out_questions=True)])
+    pairs = matched(a, b, any_words=True)
+    assert len(pairs) == len(a[0].records)
+    assert all(x.mask_file_name == y.mask_file_name for x, y in ((*pair.a, *pair.b) for pair in pairs))
+    c = read_side("C", [run("c", limit=3)])
+    with pytest.raises(ConfigError, match="rows"):
+        matched(a, c, any_words=True)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -194,6 +204,7 @@ def test_packed_records_are_the_same(run: Callable[..., Path]) -> None:
         ({"seed": 1}, "seed"),
         ({"held_out_questions": True}, "held-out questions"),
         ({"attribute_questions": True}, "attribute questions: False and True"),
+        ({"own_words": {"cyst": ("cyst?",), "polyp": ("polyp?",)}}, "own words"),
     ],
 )
 def test_other_questions_are_refused(run: Callable[..., Path], options: dict[str, Any], said: str) -> None:

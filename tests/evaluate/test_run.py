@@ -116,6 +116,18 @@ def test_the_rows_own_question_is_asked_unless_held_out_ones_are_wanted(lesion_s
     assert any(first != held_out(seed=seed) for seed in (1, 2, 3))
 
 
+def test_own_words_are_asked_about_each_rows_category(lesion_set: LesionSet, oracle: Any) -> None:
+    words = {name: (f"{name}?", f"any {name} here") for name in ("cyst", "polyp")}
+    run(lesion_set, oracle, own_words=words)
+    asked = zip(oracle.asked, lesion_set.split("val"), strict=True)
+    assert all(question in words[sample.category] for question, sample in asked)
+    assert len(set(oracle.asked)) > 2, "drawn, not the first each time"
+    with pytest.raises(DataError, match="about polyp"):
+        run(lesion_set, oracle, own_words={"cyst": ("cyst?",)})
+    with pytest.raises(ConfigError, match="one of the two"):
+        run(lesion_set, oracle, own_words=words, held_out_questions=True)
+
+
 def test_batch_size_changes_nothing(lesion_set: LesionSet, oracle: Any) -> None:
     together, single = (run(lesion_set, oracle, batch_size=size, attribute_questions=True).records for size in (8, 1))
     assert together == single
@@ -158,7 +170,10 @@ def test_a_stopped_run_goes_on(lesion_set: LesionSet, oracle: Any, tmp_path: Pat
     assert file.read_bytes() == finished
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"held_out_questions": True}, {"limit": 2}])
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"held_out_questions": True}, {"limit": 2}, {"own_words": {"cyst": ("c?",), "polyp": ("p?",)}}],
+)
 def test_records_of_another_run_are_not_mixed_in(
     lesion_set: LesionSet, oracle: Any, tmp_path: Path, change: dict[str, Any]
 ) -> None:

@@ -49,10 +49,10 @@ _PER_IMAGE = ("dice", "detect", "invalid")
 _ASKED = {
     "split": "split",
     "rows": "rows (of which data set, with which --limit)",
-    "held_out_questions": "held-out questions",
     "attribute_questions": "attribute questions",
     "seed": "seed of the questions",
 }
+_WORDING = {"held_out_questions": "held-out questions", "own_words": "questions in own words"}
 
 
 @dataclass(frozen=True)
@@ -106,28 +106,31 @@ def _read_run(folder: Path) -> Run:
     return Run(folder, written.settings, written.records)
 
 
-def matched(a: Sequence[Run], b: Sequence[Run]) -> list[Pair]:
+def matched(a: Sequence[Run], b: Sequence[Run], *, any_words: bool = False) -> list[Pair]:
     """Every question with its records from all runs, in the order of A's first run.
+
+    any_words: pair what was asked about the same lesions even where the words differ, to see what wording costs.
 
     Raises ConfigError where runs were asked other questions, DataError where one is unfinished.
     """
     runs = [*a, *b]
     for run in runs[1:]:
-        _require_same_questions(runs[0], run)
-    records = [{_key(record): record for record in run.records} for run in runs]
+        _require_same_questions(runs[0], run, any_words)
+    records = [{_key(record, any_words): record for record in run.records} for run in runs]
     rows = [tuple(of_run[key] for of_run in records) for key in records[0]]
     return [Pair(row[: len(a)], row[len(a) :]) for row in rows]
 
 
-def _key(record: Record) -> tuple[str, ...]:
-    return record.file_name, record.mask_file_name, record.category, record.attribute, record.question
+def _key(record: Record, any_words: bool) -> tuple[str, ...]:
+    lesions = record.file_name, record.mask_file_name, record.category, record.attribute
+    return lesions if any_words else (*lesions, record.question)
 
 
-def _require_same_questions(first: Run, other: Run) -> None:
+def _require_same_questions(first: Run, other: Run, any_words: bool) -> None:
     differences = [
-        f"{words}: {first.settings[name]} and {other.settings[name]}"
-        for name, words in _ASKED.items()
-        if first.settings[name] != other.settings[name]
+        f"{words}: {first.settings.get(name)} and {other.settings.get(name)}"
+        for name, words in (_ASKED if any_words else _ASKED | _WORDING).items()
+        if first.settings.get(name) != other.settings.get(name)
     ]
     if differences:
         raise ConfigError(
@@ -140,8 +143,8 @@ def _require_same_questions(first: Run, other: Run) -> None:
             f"{fewer.folder} is unfinished: {len(fewer.records)} answers where {more.folder} has {len(more.records)}; "
             "call its `coreseg evaluate` again, it goes on"
         )
-    keys = {_key(record) for record in first.records}
-    if keys != {_key(record) for record in other.records} or len(keys) < len(first.records):
+    keys = {_key(record, any_words) for record in first.records}
+    if keys != {_key(record, any_words) for record in other.records} or len(keys) < len(first.records):
         raise DataError(f"the records of {first.folder} and {other.folder} do not match one to one; evaluate both anew")
 
 

@@ -23,6 +23,7 @@ from coreseg.errors import ConfigError, DataError
 from coreseg.evaluate.records import Record, summarise
 from coreseg.masks import box_tuples, mask_to_boxes
 from coreseg.metrics import Boxes, detect_score, dice, iou
+from coreseg.sentences import pick
 from coreseg.types import Result, Sample
 
 Parsed = TypeVar("Parsed")
@@ -83,6 +84,7 @@ def evaluate(
     out: Path | None = None,
     held_out_questions: bool = False,
     attribute_questions: bool = False,
+    own_words: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
     batch_size: int = 8,
     limit: int | None = None,
@@ -91,16 +93,23 @@ def evaluate(
     """Ask `predictor` about every row of `split`.
 
     The question is the row's own, or with `held_out_questions` one in words that training never saw, drawn by `seed`
-    and row. `attribute_questions` adds, on rows with several lesions, questions about some of them. `limit` looks at
-    that many rows only, evenly spaced. With `out`, a folder, each answer is added to `records.jsonl` there as it
-    comes; calling again with the same predictor and settings goes on after the last finished row.
+    and row, or likewise one of `own_words` about its category. `attribute_questions` adds, on rows with several
+    lesions, questions about some of them. `limit` looks at that many rows only, evenly spaced. With `out`, a folder,
+    each answer is added to `records.jsonl` there as it comes; calling again with the same predictor and settings goes
+    on after the last finished row.
 
-    Raises DataError where the split has no rows, ConfigError where `out` holds the records of another run.
+    Raises DataError where the split has no rows, or rows of a category that `own_words` lacks; ConfigError where `out`
+    holds the records of another run, or both kinds of questions are asked for.
     """
     rows = _chosen_rows(lesion_set.split(split), limit)
     if not rows:
         there = lesion_set.splits_there()
         raise DataError(f"the set at {lesion_set.root} has no rows in split {split!r}; it has {there}")
+    if own_words is not None:
+        if held_out_questions:
+            raise ConfigError("held-out templates and own words were both asked for; expected one of the two")
+        if lacking := sorted({sample.category for _, sample in rows} - own_words.keys()):
+            raise DataError(f"there is no question in own words about {', '.join(lacking)}; add some")
     by_image: dict[str, list[Sample]] = {}
     for sample in lesion_set.split(split):
         by_image.setdefault(sample.file_name, []).append(sample)
@@ -113,6 +122,8 @@ def evaluate(
         "attribute_questions": attribute_questions,
         "seed": seed,
     }
+    if own_words is not None:
+        settings["own_words"] = sha256(json.dumps(own_words, sort_keys=True).encode()).hexdigest()[:16]
     file = out / "records.jsonl" if out else None
     records = _finished_records(file, settings) if file else []
     done = sum(not record.attribute for record in records)
@@ -123,7 +134,8 @@ def evaluate(
             for row, sample in batch:
                 rng = np.random.default_rng([seed, row])
                 same = by_image[sample.file_name]
-                asks += _asks(lesion_set, sample, same, rng, held_out_questions, attribute_questions)
+                question = _question(sample, rng, held_out_questions, own_words)
+                asks += _asks(lesion_set, sample, same, question, rng, held_out_questions, attribute_questions)
             fresh = _answered(predictor, asks, batch_size)
             records += fresh
             if file:
@@ -139,17 +151,25 @@ def _chosen_rows(samples: Sequence[Sample], limit: int | None) -> list[tuple[int
     return [(int(row), samples[row]) for row in np.linspace(0, len(samples), count, endpoint=False, dtype=int)]
 
 
+def _question(
+    sample: Sample, rng: np.random.Generator, held_out: bool, own_words: Mapping[str, Sequence[str]] | None
+) -> str:
+    if own_words is not None:
+        return pick(tuple(own_words[sample.category]), rng)
+    return questions.ask(sample.category, rng, held_out=True) if held_out else sample.query
+
+
 def _asks(
     lesion_set: LesionSet,
     sample: Sample,
     same_image: Sequence[Sample],
+    question: str,
     rng: np.random.Generator,
     held_out: bool,
     with_attributes: bool,
 ) -> list[Ask]:
     """The questions about one row, the plain one last: a row whose plain record is on disk is finished."""
     image, mask = lesion_set.image(sample), lesion_set.mask(sample)
-    question = questions.ask(sample.category, rng, held_out=True) if held_out else sample.query
     others = [lesion_set.mask(row) for row in same_image if row.category != sample.category and row.boxes]
     plain = Ask(sample, image, question, mask, sample.boxes, other=np.any(others, axis=0) if others else None)
     if not with_attributes or len(sample.boxes) < 2:
