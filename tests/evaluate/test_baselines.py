@@ -13,6 +13,7 @@ from coreseg.errors import DataError
 from coreseg.evaluate import BlindBaseline, Predictor, evaluate
 from coreseg.evaluate.baselines import GRID, _guess, _resized
 from coreseg.metrics import dice
+from coreseg.sentences import find_all
 from coreseg.types import Result
 
 
@@ -67,6 +68,18 @@ def test_a_category_that_training_lacks_gets_the_overall_guess(lesion_set: Lesio
     assert "wart" in result.text
 
 
+def test_it_says_what_the_training_texts_of_the_category_say_most(lesion_set: LesionSet) -> None:
+    said = iter(["It is small, on the left.", "A large area on the left.", "A small spot on the right."])
+    samples = [
+        replace(row, reasoning=next(said), category="cyst") if row.split == "train" and row.boxes else row
+        for row in lesion_set.samples
+    ]
+    blind = BlindBaseline.fit(LesionSet(lesion_set.root, tuple(samples)))
+    stated = find_all(predicted(blind, lesion_set, 0).reasoning)
+    assert (stated["side"], stated["size"]) == ({"left"}, {"small"})
+    assert "edge" not in stated, "no text of training says anything of it"
+
+
 def test_a_set_without_lesions_cannot_be_fitted(lesion_set: LesionSet) -> None:
     with pytest.raises(DataError, match="no lesion in split 'test'"):
         BlindBaseline.fit(lesion_set, split="test")
@@ -77,7 +90,7 @@ def test_no_threshold_scores_better_on_train(seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[:32, :32]
     masks = [np.hypot(rows - rng.normal(16, 5), columns - rng.normal(16, 5)) < rng.uniform(1.5, 7) for _ in range(12)]
-    guess = _guess(np.stack(masks).astype(np.float32), np.zeros((12, 4)))
+    guess = _guess(np.stack(masks).astype(np.float32), np.zeros((12, 4)), [])
 
     def score(threshold: float) -> float:
         return float(np.mean([dice(guess.mean_mask >= threshold, mask) for mask in masks]))

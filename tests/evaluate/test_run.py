@@ -11,10 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coreseg.answer import render
+from coreseg.data.build.describe import describe
 from coreseg.data.store import LesionSet
 from coreseg.errors import ConfigError, DataError
 from coreseg.evaluate import Evaluation, Record, evaluate, summarise
-from coreseg.types import Result, Sample
+from coreseg.sentences import contradict
+from coreseg.types import Answer, Result, Sample
 
 Make = Callable[..., Record]
 
@@ -305,6 +308,44 @@ def test_intervals_go_by_case(made: Make) -> None:
     assert (known["low"], known["high"]) == (0.0, 100.0)
     assert (one_image["low"], one_image["high"]) == (50.0, 50.0), "questions about one image go together"
     assert unknown["low"] > 30 and unknown["high"] < 70
+
+
+def test_statements_are_held_against_the_reference_and_the_answers_own_mask(made: Make) -> None:
+    def says(side: str, true: str, own: str) -> Record:
+        answer = Answer("cyst", ((0, 0, 1, 1),), f"An area lies on the {side} side of the image.", found=True)
+        words = {"count": ["one"], "side": [true]}
+        return made(text=render(answer), true_words=words, own_words={"side": [own, "centre"]})
+
+    rows = [says("left", "left", "left"), says("left", "left", "right"), says("left", "left", "left")]
+    told = summarise([*rows, says("left", "right", "left")])["statements"]
+    assert told["kinds"] == 1.0, "it says nothing of the count"
+    side = told["by"]["side"]
+    assert (side["n"], side["stated"]) == (4, 100.0)
+    assert side["balanced"]["mean"] == 50.0, "always the same word, and one of two values is always wrong"
+    assert side["own"]["mean"] == pytest.approx(50.0), "right of the three that lie left, wrong of the one"
+    assert told["by"]["count"] == {"n": 0, "stated": 0.0, "balanced": None, "own": None}
+    assert told["by"]["edge"]["stated"] is None, "of none of them can it be measured"
+    assert summarise([made()])["statements"] is None, "records that do not know what is true"
+
+
+def test_true_words_score_full_marks_and_contradicted_ones_none(
+    lesion_set: LesionSet, oracle: Any, scripted: Any
+) -> None:
+    def telling(change: Callable[[str], str | None]) -> Any:
+        def answer(sample: Sample, image: np.ndarray, question: str) -> Result:
+            result = oracle.answer(sample, image, question)
+            text = describe(image, result.mask, sample.modality, sample.anatomy, sample.category, 0)
+            words = Answer(sample.category, sample.boxes, change(text) or text, bool(sample.boxes))
+            return replace(result, text=render(words))
+
+        return scripted(answer)
+
+    true = run(lesion_set, telling(lambda text: text)).summary["statements"]
+    assert true["kinds"] >= 4
+    assert all(scores["balanced"]["mean"] == 100.0 for scores in true["by"].values() if scores["n"])
+    false = run(lesion_set, telling(contradict)).summary["statements"]["by"]
+    assert all(false[kind]["balanced"]["mean"] == 0.0 for kind in ("side", "place", "count"))
+    assert false["size"]["balanced"]["mean"] == 100.0
 
 
 def test_pairs_tell_the_asked_lesion_from_the_other_in_the_same_image(

@@ -1,24 +1,28 @@
 """What can be scored without looking: a model that does not beat this has not learned to see."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from coreseg.answer import answer_sentence, render
+from coreseg.data.build.describe import in_words
 from coreseg.data.store import LesionSet
 from coreseg.errors import DataError
 from coreseg.evaluate.run import Images
 from coreseg.masks import area_shares
+from coreseg.sentences import KINDS, find_all
 from coreseg.types import Answer, Box, Result, Sample
 
 GRID = 128
 """Side of the square that all training masks are brought to; finer than any mean of them has detail."""
 _THRESHOLDS = np.linspace(0.02, 0.98, 49)
-_REASONING = "The usual place of this lesion, without a look at the image."
+_ALWAYS_SAID = {"count": "one", "side": "centre", "place": "middle"}
 
 
 @dataclass(frozen=True)
@@ -28,16 +32,18 @@ class Guess:
     mean_mask: share of the training images with lesion there, over the frame squeezed to `GRID` x `GRID`.
     threshold: the guess is where `mean_mask` is at least this; it gives the best mean Dice on the training rows.
     box: `x1, y1, x2, y2` in [0, 1] of width and height: the mean of each row's largest box.
+    words: of each kind of statement the value that the training rows' reasoning states most often.
     """
 
     mean_mask: Float[np.ndarray, "grid grid"]
     threshold: float
     box: Float[np.ndarray, "4"]
+    words: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class BlindBaseline:
-    """Answers from the category alone: its mean training mask and its mean box; the image gives only its size.
+    """Answers from the category alone: its mean training mask, mean box and commonest words; the image gives its size.
 
     A category that training lacks gets the guess over all categories. Always says that the lesion is there. Our
     choice throughout.
@@ -57,30 +63,34 @@ class BlindBaseline:
         masks = [lesion_set.mask(sample) for sample in rows]
         shares = np.stack([_resized(mask, GRID, GRID) for mask in masks])
         boxes = np.stack([_largest_box(sample.boxes, mask) for sample, mask in zip(rows, masks, strict=True)])
-        categories = np.array([sample.category for sample in rows])
+        texts = [sample.reasoning for sample in rows]
+        categories = [sample.category for sample in rows]
+        of_category = {name: np.array([each == name for each in categories]) for name in sorted(set(categories))}
         return cls(
             {
-                str(category): _guess(shares[categories == category], boxes[categories == category])
-                for category in np.unique(categories)
+                name: _guess(shares[of_it], boxes[of_it], list(compress(texts, of_it)))
+                for name, of_it in of_category.items()
             },
-            _guess(shares, boxes),
-            {"split": split, "rows": len(rows)},
+            _guess(shares, boxes, texts),
+            {"split": split, "rows": len(rows), "words": "commonest"},
         )
 
     def predict(self, samples: Sequence[Sample], images: Images, questions: Sequence[str]) -> Sequence[Result]:
-        """See `coreseg.evaluate.Predictor`; of the samples only the category is used, the questions not at all."""
-        return [self._result(sample.category, image) for sample, image in zip(samples, images, strict=True)]
+        """See `coreseg.evaluate.Predictor`; of the samples only what kind of picture and lesion it is is used."""
+        return [self._result(sample, image) for sample, image in zip(samples, images, strict=True)]
 
-    def _result(self, category: str, image: np.ndarray) -> Result:
+    def _result(self, sample: Sample, image: np.ndarray) -> Result:
         start = time.perf_counter()
-        guess = self.by_category.get(category, self.overall)
+        guess = self.by_category.get(sample.category, self.overall)
         height, width = image.shape[:2]
         box = _in_pixels(guess.box, width, height)
-        answer = Answer(category, (box,), _REASONING, found=True)
+        rng = np.random.default_rng(0)
+        reasoning = in_words(guess.words, sample.modality, sample.anatomy, sample.category, rng)
+        answer = Answer(sample.category, (box,), reasoning, found=True)
         return Result(
             mask=_resized(guess.mean_mask, height, width) >= guess.threshold,
             boxes=np.array([box]),
-            reasoning=_REASONING,
+            reasoning=reasoning,
             answer=answer_sentence(answer),
             text=render(answer),
             found=True,
@@ -90,7 +100,9 @@ class BlindBaseline:
         )
 
 
-def _guess(shares: Float[np.ndarray, "rows grid grid"], boxes: Float[np.ndarray, "rows 4"]) -> Guess:
+def _guess(
+    shares: Float[np.ndarray, "rows grid grid"], boxes: Float[np.ndarray, "rows 4"], texts: Sequence[str]
+) -> Guess:
     mean_mask = shares.mean(axis=0)
     # Tiny lesions that wander leave a faint mean, so the candidates are shares of its maximum.
     candidates = _THRESHOLDS * mean_mask.max()
@@ -98,7 +110,16 @@ def _guess(shares: Float[np.ndarray, "rows grid grid"], boxes: Float[np.ndarray,
     references = shares.reshape(len(shares), -1)
     areas = guesses.sum(axis=1) + references.sum(axis=1)[:, None]
     mean_dice = (2 * references @ guesses.T / areas).mean(axis=0)
-    return Guess(mean_mask, float(candidates[mean_dice.argmax()]), boxes.mean(axis=0))
+    return Guess(mean_mask, float(candidates[mean_dice.argmax()]), boxes.mean(axis=0), _commonest_words(texts))
+
+
+def _commonest_words(texts: Sequence[str]) -> dict[str, str]:
+    said = {kind: Counter[str]() for kind in KINDS}
+    for text in texts:
+        for kind, values in find_all(text).items():
+            said[kind].update(sorted(values))
+    commonest = {kind: counts.most_common(1)[0][0] for kind, counts in said.items() if counts}
+    return _ALWAYS_SAID | commonest
 
 
 def _resized(

@@ -4,7 +4,7 @@ Source: mDice, mIoU and failure rate are the paper's. Our choice: every other fi
 must not look good.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from statistics import median
@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from coreseg.answer import parse
 from coreseg.metrics import Interval, bootstrap_interval, is_failure, macro_bootstrap_interval, macro_mean
+from coreseg.sentences import KINDS, find_all
 from coreseg.types import Box
 
 NEAR_MISS_DICE = 0.05
@@ -31,6 +33,8 @@ class Record:
     whole_dice: attribute questions only: what the reference mask of the whole category scores against the asked one.
     plain_dice: attribute questions only: the same of the mask that this predictor gave to the plain question.
     other_dice: where the same image also shows another category: Dice of the answered mask with that one's lesions.
+    true_words, own_words: of each kind of statement that can be measured on the asked mask, and on the answered one,
+    the measured value and after it the others that count as true; None in records of earlier versions.
     """
 
     file_name: str
@@ -56,6 +60,8 @@ class Record:
     whole_dice: float | None = None
     plain_dice: float | None = None
     other_dice: float | None = None
+    true_words: Mapping[str, Sequence[str]] | None = None
+    own_words: Mapping[str, Sequence[str]] | None = None
 
     @property
     def drawn_with(self) -> str:
@@ -108,6 +114,7 @@ def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, Any]:
     - `pairs`: the rows whose image shows another category too: Dice with the asked lesions and with the `other` ones,
       pooled and by source. The two questions share the image's maps, so only the prompt can tell them apart.
     - `attributes`: the attribute questions apart, see `_attributes`.
+    - `statements`: whether what the reasoning states is true, see `_statements`.
     - `seconds_median`: wall time per image.
 
     A block without rows is None.
@@ -127,6 +134,7 @@ def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, Any]:
         "presence": _presence(lesion, [record for record in plain if record.lesion_share == 0], seed),
         "pairs": _pairs([record for record in lesion if record.other_dice is not None], seed),
         "attributes": _attributes([record for record in records if record.attribute], seed),
+        "statements": _statements([record for record in lesion if record.true_words is not None], seed),
         "seconds_median": median(record.seconds for record in plain) if plain else None,
     }
 
@@ -187,6 +195,44 @@ def _presence(lesion: Sequence[Record], lesion_free: Sequence[Record], seed: int
             for source in sources
         },
     }
+
+
+def _statements(records: Sequence[Record], seed: int) -> dict[str, Any] | None:
+    """What the reasoning states of lesions that are there, kind by kind, and whether it is true.
+
+    - `kinds`: how many kinds an answer states, on average.
+    - `by`, for each kind: `n`, the rows where it can be measured and is stated, and what share of the first that is
+      (`stated`); `balanced`, the balanced accuracy: the mean over the measured values of the share of their rows where
+      all that is stated counts as true; `own`, the same beside the answer's own mask.
+
+    Saying always the same gets a balanced accuracy of one over the number of values, but for what lies near a limit.
+    """
+    if not records:
+        return None
+    stated = [find_all(answer.reasoning) if (answer := parse(record.text)) else {} for record in records]
+    told = list(zip(records, stated, strict=True))
+    by = {}
+    for kind in KINDS:
+        true = [(record, said.get(kind), (record.true_words or {}).get(kind)) for record, said in told]
+        own = [(record, said.get(kind), (record.own_words or {}).get(kind)) for record, said in told]
+        measurable = sum(bool(words) for _, _, words in true)
+        spoken = [(record, said, words) for record, said, words in true if said and words]
+        by[kind] = {
+            "n": len(spoken),
+            "stated": 100 * len(spoken) / measurable if measurable else None,
+            "balanced": _balanced(spoken, seed),
+            "own": _balanced([(record, said, words) for record, said, words in own if said and words], seed),
+        }
+    return {"kinds": float(np.mean([len(said) for said in stated])), "by": by}
+
+
+def _balanced(judged: Sequence[tuple[Record, set[str], Sequence[str]]], seed: int) -> Figure | None:
+    """Balanced accuracy of what is said, by the first of the true values, the measured one."""
+    if not judged:
+        return None
+    right = [float(said <= set(true)) for _, said, true in judged]
+    cases, values = [record.drawn_with for record, _, _ in judged], [true[0] for _, _, true in judged]
+    return _percent(macro_mean(right, values), macro_bootstrap_interval(right, cases, values, seed))
 
 
 def _pairs(records: Sequence[Record], seed: int) -> dict[str, Any] | None:

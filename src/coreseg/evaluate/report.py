@@ -161,6 +161,7 @@ def print_table(evaluation: Evaluation, baselines: Sequence[Evaluation] = (), co
         _block_table("Is it there?", _PRESENCE, "presence", columns),
         _block_table("Images with two categories: is it the asked one?", _PAIRS, "pairs", columns),
         _block_table("Questions about some of the lesions", _ATTRIBUTES, "attributes", columns),
+        _statement_table(columns),
         *(_part_table(title, part, columns) for part, title in _TITLES.items()),
     ):
         if table.row_count:
@@ -187,6 +188,21 @@ def _block_table(title: str, rows: Mapping[str, str], block: str, columns: Seque
     for key, label in rows.items():
         if any(each.get(key) for each in figures):
             table.add_row(label, *(cell(each.get(key), apart, sign=key == "gain") for each in figures))
+    return table
+
+
+def _statement_table(columns: Sequence[Evaluation]) -> Table:
+    """Each kind's balanced accuracy beside what is true of the reference mask; of the first column also of its own."""
+    apart = _apart(columns)
+    first, *others = (each.summary["statements"] for each in columns)
+    said = f", {first['kinds']:.1f} kinds an answer" if first else ""
+    headings = ["stated", columns[0].name, "on its own mask", *(each.name for each in columns[1:])]
+    table = new_table(f"Is the reasoning true? Balanced accuracy{said}", headings, apart)
+    for kind, scores in first["by"].items() if first else ():
+        if scores["n"]:
+            theirs = [cell(other["by"][kind]["balanced"] if other else None, apart) for other in others]
+            ours = [cell(scores[name], apart) for name in ("balanced", "own")]
+            table.add_row(kind, f"{scores['stated']:.0f}", *ours, *theirs)
     return table
 
 

@@ -24,6 +24,7 @@ from coreseg.evaluate.records import Record, summarise
 from coreseg.masks import box_tuples, mask_to_boxes
 from coreseg.metrics import Boxes, detect_score, dice, iou
 from coreseg.sentences import pick
+from coreseg.statements import measured_and_accepted
 from coreseg.types import Result, Sample
 
 Parsed = TypeVar("Parsed")
@@ -237,7 +238,16 @@ def scored(
         whole_dice=dice(whole, ask.reference) if ask.attribute else None,
         plain_dice=dice(plain_mask, ask.reference) if ask.attribute else None,
         other_dice=None if ask.other is None else dice(mask, ask.other),
+        true_words=_true_words(ask.image, ask.reference),
+        own_words=_true_words(ask.image, mask),
     )
+
+
+def _true_words(
+    image: UInt8[np.ndarray, "height width 3"], mask: Bool[np.ndarray, "height width"]
+) -> dict[str, list[str]]:
+    measured, accepted = measured_and_accepted(image, mask)
+    return {kind: [value, *sorted(accepted[kind] - {value})] for kind, value in measured.items()}
 
 
 def _finished_records(file: Path, settings: Mapping[str, Any]) -> list[Record]:

@@ -65,12 +65,18 @@ def describe(
     it fits. Sides are the picture's. For an empty mask it says that nothing stands out. No digits, no coordinates:
     only letters, spaces, commas, periods and hyphens, given that the names passed in have no others.
     """
-    rng = np.random.default_rng(seed)
+    return in_words(measure_all(image, mask), modality, anatomy, category, np.random.default_rng(seed))
+
+
+def in_words(values: Mapping[str, str], modality: str, anatomy: str, category: str, rng: np.random.Generator) -> str:
+    """The description that states these values, one of each kind: "count", "side" and "place", and what else there is.
+
+    The count "none" alone will do.
+    """
     healthy = _HEALTHY.get(
         (modality.lower(), anatomy.lower()), f"Healthy tissue of the {anatomy} here looks alike all over"
     )
     opening = f"{_opening(modality, anatomy, rng)} {healthy}."
-    values = measure_all(image, mask)
     if values["count"] == "none":
         return f"{opening} {_nothing(category, rng)}"
     name = with_article(category) if values["count"] == "one" else plural(category)
