@@ -313,6 +313,8 @@ def test_import_check_show(source: Path) -> None:
     checked = run("data", "check", "set")
     assert checked.exit_code == 0, checked.output
     assert "4 rows on 4 images" in checked.stdout
+    as_json = json.loads(run("data", "check", "set", "--json").stdout)
+    assert as_json["rows"] == 4 and as_json["problems"] == [] and as_json["burned_in"] == {}
     shown = run("data", "show", "set", "--out", "sheet.png", "--count", "2")
     assert shown.exit_code == 0, shown.output
     assert shown.stdout.startswith("sheet.png: 2 of ")

@@ -504,16 +504,22 @@ def data_import(
 
 @data_app.command("check")
 @_clear_errors
-def data_check(dataset: Annotated[Path, typer.Argument(help="Data-set folder.")]) -> None:
-    """Look for broken rows, patients that cross splits, and near-duplicate pictures across splits.
+def data_check(
+    dataset: Annotated[Path, typer.Argument(help="Data-set folder.")],
+    everything: Annotated[bool, typer.Option("--all", help="Name every finding, not the first ten of a kind.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all findings as JSON instead of text.")] = False,
+) -> None:
+    """Look for broken rows, patients that cross splits, near-duplicates across splits, and text burned into pictures.
 
-    Exits with 1 where something is found.
+    Exits with 1 where something is found, text alone excepted: it is guessed from pixels, and may be harmless.
     """
+    from dataclasses import asdict
+
     from coreseg.data.check import check_set
     from coreseg.data.store import LesionSet
 
     report = check_set(LesionSet.open(dataset), progress=sys.stderr.isatty())
-    typer.echo(report.text())
+    typer.echo(json.dumps(asdict(report), indent=1) if as_json else report.text(everything=everything))
     if not report.clean:
         raise typer.Exit(1)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageDraw, ImageEnhance
 
 from coreseg.data.check import check_set
 from coreseg.data.lookalikes import find_matches, fingerprint
@@ -170,6 +170,27 @@ def test_a_missing_image_is_a_fault_and_the_rest_is_still_compared(root: Path) -
     assert all(gone.file_name in problem and "missing" in problem for problem in report.problems)
     assert report.problems
     assert len(report.lookalikes) == 1
+
+
+def test_text_in_pictures_is_pointed_out_and_no_fault(root: Path) -> None:
+    lesion_set = LesionSet.open(root)
+    assert "No pictures with what looks like text" in check_set(lesion_set, progress=False).text()
+    names = sorted({sample.file_name for sample in lesion_set.samples})[:12]
+    for name in names:
+        with Image.open(root / name) as stored:
+            picture = stored.convert("RGB")
+        picture.paste((0, 0, 0), (0, 0, 160, 30))
+        ImageDraw.Draw(picture).text((8, 6), f"DOE JANE {name[-6:-4]}", fill=(255, 255, 255))
+        picture.save(root / name)
+    report = check_set(lesion_set, progress=False)
+    assert sorted(report.burned_in) == names and all(
+        box[3] <= 30 for boxes in report.burned_in.values() for box in boxes
+    )
+    # The black strips make neighbours look alike; that they do is not what is tested here.
+    assert replace(report, lookalikes=()).clean
+    assert "12 pictures with what looks like text" in report.text() and "and 2 more (--all names them)" in report.text()
+    everything = report.text(everything=True)
+    assert all(name in everything for name in names) and "more (" not in everything
 
 
 def test_flat_pictures_correlate_with_nothing() -> None:

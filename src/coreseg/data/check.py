@@ -1,7 +1,8 @@
 """Check a data set: do its rows and files agree, and does anything cross its splits?
 
 What can be proved is proved: a known case (patient) in two splits is a leak. Where cases are unknown, pictures that
-look like one (`coreseg.data.lookalikes`) are searched for, and the report says what that leaves open.
+look like one (`coreseg.data.lookalikes`) are searched for, and the report says what that leaves open. Text burned into
+pictures (`coreseg.data.burned_in`), which may name a patient, is pointed out.
 """
 
 from collections import Counter
@@ -11,11 +12,12 @@ from itertools import combinations
 
 from tqdm import tqdm
 
+from coreseg.data.burned_in import find_text
 from coreseg.data.lookalikes import Fingerprint, Sign, find_matches, fingerprint
 from coreseg.data.store import SPLITS, LesionSet
 from coreseg.errors import CoreSegError
 from coreseg.masks import mask_to_boxes
-from coreseg.types import Sample
+from coreseg.types import Box, Sample
 
 _SHOWN = 10
 _EXPLAINED: Mapping[Sign, str] = {
@@ -50,7 +52,10 @@ class Lookalike:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What a check found. `counts` are rows by source and split; `problems` are rows and files that disagree."""
+    """What a check found. `counts` are rows by source and split; `problems` are rows and files that disagree.
+
+    burned_in: by file name, boxes around what looks like text in a picture.
+    """
 
     rows: int
     images: int
@@ -60,14 +65,16 @@ class CheckReport:
     problems: tuple[str, ...]
     case_leaks: tuple[CaseLeak, ...]
     lookalikes: tuple[Lookalike, ...]
+    burned_in: Mapping[str, tuple[Box, ...]]
 
     @property
     def clean(self) -> bool:
-        """Whether nothing was found; what cannot be proved does not count."""
+        """Whether nothing was found; what cannot be proved does not count, nor text in pictures: it may be harmless."""
         return not (self.problems or self.case_leaks or self.lookalikes)
 
-    def text(self) -> str:
-        """The report for a reader: counts, findings (ten of a kind), and what remains unproved."""
+    def text(self, *, everything: bool = False) -> str:
+        """The report for a reader: counts, findings (ten of a kind, or every one), and what remains unproved."""
+        shown = None if everything else _SHOWN
         findings = (
             ("rows or files with faults", list(self.problems)),
             (
@@ -75,6 +82,10 @@ class CheckReport:
                 [f"{leak.case}: {leak.rows} rows in {', '.join(leak.splits)}" for leak in self.case_leaks],
             ),
             ("pairs of pictures that look alike in different splits", [_told(pair) for pair in self.lookalikes]),
+            (
+                "pictures with what looks like text, perhaps a name or a date (guessed from pixels: look at them)",
+                [f"{name}: {len(boxes)} lines, one at {list(boxes[0])}" for name, boxes in self.burned_in.items()],
+            ),
         )
         lines = [f"{self.rows} rows on {self.images} images, {self.negatives} of them without a lesion.", ""]
         lines += [_table_line(name, by_split) for name, by_split in self.counts.items()]
@@ -82,10 +93,10 @@ class CheckReport:
             lines += [
                 "",
                 f"{len(found) or 'No'} {title}{':' if found else '.'}",
-                *(f"  {line}" for line in found[:_SHOWN]),
+                *(f"  {line}" for line in found[:shown]),
             ]
-            if len(found) > _SHOWN:
-                lines.append(f"  … and {len(found) - _SHOWN} more")
+            if len(found) > len(found[:shown]):
+                lines.append(f"  … and {len(found) - _SHOWN} more (--all names them)")
         return "\n".join([*lines, "", self._unproved()])
 
     def _unproved(self) -> str:
@@ -106,11 +117,15 @@ def check_set(lesion_set: LesionSet, *, progress: bool = True) -> CheckReport:
     """
     problems: list[str] = []
     prints: dict[str, Fingerprint] = {}
+    burned_in: dict[str, tuple[Box, ...]] = {}
     negatives = 0
     for sample in tqdm(lesion_set.samples, desc="Checking", unit="row", disable=not progress):
         try:
             if sample.file_name not in prints:
-                prints[sample.file_name] = fingerprint(lesion_set.image(sample))
+                image = lesion_set.image(sample)
+                prints[sample.file_name] = fingerprint(image)
+                if boxes := find_text(image):
+                    burned_in[sample.file_name] = boxes
             problems += _problems_of(lesion_set, sample)
         except CoreSegError as error:
             problems.append(str(error))
@@ -124,6 +139,7 @@ def check_set(lesion_set: LesionSet, *, progress: bool = True) -> CheckReport:
         problems=tuple(problems),
         case_leaks=case_leaks(lesion_set),
         lookalikes=_lookalikes(lesion_set, prints),
+        burned_in=burned_in,
     )
 
 
