@@ -486,14 +486,15 @@ def data_import(
 
     Example: coreseg data import Dataset003_Liver --out liver --anatomy abdomen --labels labels.toml
     """
-    from coreseg.data.sources import import_set
-    from coreseg.data.volumes import Slicing
+    from coreseg.data.sources import ImportSettings
 
-    report = import_set(
-        source, out, form=form, modality=modality, anatomy=anatomy, category=category, labels=labels, name=name,
-        licence=licence, val_share=val_share, together=together, case_pattern=case_pattern, seed=seed, channel=channel,
-        slicing=Slicing(axis, min_area_mm2, max_slices, window, keep_empty), salt=salt, progress=sys.stderr.isatty(),
+    settings = ImportSettings(
+        source=str(source), form=form, modality=modality, anatomy=anatomy, category=category, name=name,
+        labels=str(labels) if labels else None, licence=licence, val_share=val_share, together=together,
+        case_pattern=case_pattern, seed=seed, channel=channel, axis=axis, min_area_mm2=min_area_mm2,
+        max_slices=max_slices, window=window, keep_empty=keep_empty,
     )  # fmt: skip
+    report = settings.run(out, salt=salt, progress=sys.stderr.isatty())
     for line in report.made():
         typer.echo(line)
     for line in report.to_mind():
@@ -767,7 +768,7 @@ def data_restore(
 @data_app.command("build")
 @_clear_errors
 def data_build(config: ConfigArgument, overrides: SetOption = None) -> None:
-    """Run the whole pipeline from one file of settings: filter, describe, review; then the card and the manifest.
+    """Run the whole pipeline from one file of settings: import, filter, describe, review; then card and manifest.
 
     Killed or stopped, the same command goes on. The result is in OUT/set; look at OUT/card.html. See docs/build.md.
 

@@ -9,6 +9,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -242,8 +243,11 @@ def load(kind: type[Settings], path: str | Path, overrides: Sequence[str] = ()) 
 
 
 def build(kind: type[Table], values: Mapping[str, Any], where: str) -> Table:
-    """Settings from plain values, each checked against its field's type. Raises ConfigError as `load` does."""
-    hints = typing.get_type_hints(kind)
+    """Settings from plain values, each checked against its field's type. Raises ConfigError as `load` does.
+
+    A field that would be a word of Python's has an underscore after it: `import_` is [import] in the file.
+    """
+    hints = {_key(name): hint for name, hint in typing.get_type_hints(kind).items()}
     for key in values:
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1)
@@ -251,14 +255,18 @@ def build(kind: type[Table], values: Mapping[str, Any], where: str) -> Table:
             raise ConfigError(f"{where}: unknown setting {key!r}; {hint}")
     checked = {key: _as_type(value, hints[key], f"{where}: setting {key!r}") for key, value in values.items()}
     needed = [
-        each.name
+        _key(each.name)
         for each in fields(typing.cast(Any, kind))
         if each.default is MISSING and each.default_factory is MISSING
     ]
     missing = [name for name in needed if name not in checked]
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} missing; give it in the file or with --set")
-    return kind(**checked)
+    return kind(**{f"{key}_" if iskeyword(key) else key: value for key, value in checked.items()})
+
+
+def _key(name: str) -> str:
+    return name.removesuffix("_")
 
 
 def _toml_value(text: str) -> Any:
@@ -305,7 +313,7 @@ _TYPE_NAMES: Mapping[Any, str] = {
 
 def save(settings: Any, path: Path) -> None:
     """Write settings as TOML that `load` reads back to the same values; nobody ever reads half of it."""
-    lines = [f"{key} = {_to_toml(value)}" for key, value in asdict(settings).items() if value is not None]
+    lines = [f"{_key(key)} = {_to_toml(value)}" for key, value in asdict(settings).items() if value is not None]
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     part.replace(path)
@@ -313,7 +321,7 @@ def save(settings: Any, path: Path) -> None:
 
 def changed(old: Settings, new: Settings) -> list[str]:
     """The names of the settings in which two of a kind differ."""
-    return [name for name in asdict(typing.cast(Any, old)) if getattr(old, name) != getattr(new, name)]
+    return [_key(name) for name in asdict(typing.cast(Any, old)) if getattr(old, name) != getattr(new, name)]
 
 
 def _to_toml(value: Any) -> str:

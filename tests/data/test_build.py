@@ -21,6 +21,7 @@ from coreseg.data.build.build import BENCHMARK, MANIFEST, BuildConfig, build
 from coreseg.data.build.scores import FilterSettings
 from coreseg.data.build.settings import EndpointSettings, TeacherConfig
 from coreseg.data.manifest import restore
+from coreseg.data.sources import ImportSettings
 from coreseg.data.store import LesionSet, write_set
 from coreseg.errors import ConfigError, DataError
 from coreseg.testing import write_phantom_set
@@ -104,6 +105,76 @@ def test_a_teacher_writes_and_a_judge_reads(source: Path, tmp_path: Path) -> Non
     assert load(BuildConfig, out / "build.toml").describe == teacher
 
 
+@pytest.fixture
+def raw(source: Path, tmp_path: Path) -> Path:
+    """Pictures and masks in folders, as users have them; one picture is damaged, one has no mask."""
+    lesions, folder = LesionSet.open(source), tmp_path / "raw"
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    for number, sample in enumerate(lesions.samples):
+        shutil.copy(source / sample.file_name, folder / "images" / f"ward3 {number}.png")
+        shutil.copy(source / sample.mask_file_name, folder / "masks" / f"ward3 {number}.png")
+    (folder / "images" / "ward3 0.png").write_text("no picture")
+    (folder / "masks" / "ward3 1.png").unlink()
+    return folder
+
+
+SETTINGS = """
+out = "out"
+[import]
+source = "raw"
+modality = "ct"
+anatomy = "lung"
+category = "nodule"
+val_share = 0.25
+seed = 3
+[filter]
+proxy = true
+keep_share = 0.5
+"""
+
+
+def test_raw_folders_are_imported_first(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("build.toml").write_text(SETTINGS, encoding="utf-8")
+    done = CliRunner().invoke(app, ["data", "build", "build.toml"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(Path("out", MANIFEST).read_text(encoding="utf-8"))
+    first, second, _ = told["stages"]
+    rows = len(LesionSet.open(Path("out", "stages", "import")).samples)
+    assert (first["name"], first["rows_in"], first["rows_out"]) == ("import", rows + 1, rows)
+    assert first["facts"] == {"form": "folder", "set_aside": 1, "images_without_mask": 1}
+    assert (second["name"], second["rows_in"]) == ("filter", rows)
+    assert told["settings"]["import_"]["val_share"] == 0.25
+    assert "ward3" not in json.dumps(told) and "ward3 0.png" in Path("out", "stages", "import.log").read_text()
+    settings = ImportSettings(source="raw", modality="ct", anatomy="lung", category="nodule", val_share=0.25, seed=3)
+    settings.run(tmp_path / "again", progress=False)
+    assert {name: files(tmp_path / "again")[name] for name in ("metadata.jsonl", "sources.json")}.items() <= files(
+        Path("out", "stages", "import")
+    ).items()
+    shutil.rmtree(raw)
+    assert CliRunner().invoke(app, ["data", "build", "build.toml"]).exit_code == 0, "what is finished needs no source"
+    again = CliRunner().invoke(app, ["data", "build", "build.toml", "--set", "review=false"])
+    assert again.exit_code == 2 and "(review changed)" in again.output
+
+
+def test_an_import_that_failed_or_died_starts_anew(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = BuildConfig(
+        out=str(tmp_path / "out"), import_=ImportSettings(source=str(raw), modality="ct"), review=False
+    )
+    with pytest.raises(DataError, match="anatomy is given nowhere"):
+        build(config, progress=False)
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_file()] == ["build.toml"]
+    mended = replace(config, import_=ImportSettings(source=str(raw), modality="ct", anatomy="lung", category="nodule"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build(mended, progress=False)
+    out = build(mended, progress=False)
+    assert load(BuildConfig, out / "build.toml") == mended
+    assert sorted(path.name for path in (out / "stages").iterdir()) == ["import", "import.log"]
+
+
 @pytest.mark.slow
 def test_a_cluster_that_loses_a_machine_builds_the_same(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -164,7 +235,13 @@ def test_a_cluster_maps_in_order() -> None:
         ('data = "x"\nout = "o"\nengine = "spark"\n', "engine is 'spark'; expected here or ray"),
         ('data = "nowhere"\nout = "o"\n', "this is no data set"),
         ('data = "x"\nout = "o"\n[filter]\nfold = 2\n', "did you mean 'folds'"),
-        ('out = "o"\n', "data missing"),
+        ('out = "o"\n', "a data set to start from, or a table [import], and not both"),
+        ('data = "x"\nout = "o"\n[import]\nsource = "y"\n', "and not both"),
+        ('out = "o"\n[import]\nsource = "y"\n', "y: no such folder"),
+        ('out = "o"\n[import]\nmodality = "ct"\n', "source missing"),
+        ('out = "o"\n[import]\nsource = "y"\nsalt = "x"\n', "unknown setting 'salt'"),
+        ('out = "o"\n[import]\nsource = "y"\naxis = "up"\n', "The axis is 'up'"),
+        ('out = "o"\n[import]\nsource = "y"\nseed = -1\n', "seed is -1"),
     ],
 )
 def test_mistakes_are_one_clear_error(

@@ -10,11 +10,12 @@ Each of these finds pictures; here they are written, and their splits drawn.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from tqdm import tqdm
 
+from coreseg.config import require
 from coreseg.data.check import case_leaks
 from coreseg.data.coco import annotation_files, find_annotated
 from coreseg.data.dicom import find_series
@@ -190,6 +191,40 @@ def import_set(
     read_as = f"{form}, for its {sign}; --form says otherwise" if sign else form
     describe = describe or _measured_description()
     return _import(source, destination, read_as, found, val_share, seed, together, describe, progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSettings(Slicing):
+    """All that `import_set` may be told but the salt, in the words of `coreseg data import`, as a TOML file holds it.
+
+    The salt is a secret, and files of settings are passed on.
+    """
+
+    source: str
+    form: str | None = None
+    modality: str | None = None
+    anatomy: str | None = None
+    category: str | None = None
+    labels: str | None = None
+    name: str | None = None
+    licence: str | None = None
+    val_share: float = 0.15
+    seed: int = 0
+    together: bool = True
+    case_pattern: str | None = None
+    channel: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+    def run(self, destination: Path, *, salt: str | None = None, progress: bool = True) -> ImportReport:
+        """`import_set` with these settings, which raises what it raises."""
+        others = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _SLICING}
+        source, labels = Path(others.pop("source")), others.pop("labels")
+        return import_set(
+            source, destination, labels=labels and Path(labels), slicing=self, salt=salt, progress=progress, **others
+        )
 
 
 def _import(

@@ -1,6 +1,7 @@
-"""The whole pipeline from one file of settings: keep what is hard, describe, review; then the card.
+"""The whole pipeline from one file of settings: import, keep what is hard, describe, review; then the card.
 
     OUT/build.toml        the settings, defaults too
+    OUT/stages/import.log what the import said, where there was one: what it set aside, and why
     OUT/stages/NAME/      what each stage made, a data set of its own; pictures are links, so they take no room twice
     OUT/set/              the result, as the `datasets` library opens it
     OUT/manifest.json     rows in and out of every stage, models, prompts, seeds, money
@@ -14,6 +15,7 @@ Source: the paper's three stages. Our choice: everything else.
 """
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -30,6 +32,7 @@ from coreseg.data.build.run import REPORT, SET_ASIDE, describe_set, review_set
 from coreseg.data.build.scores import FilterSettings, TrainFold
 from coreseg.data.build.settings import TeacherConfig
 from coreseg.data.manifest import write_manifest
+from coreseg.data.sources import ImportSettings, recognise
 from coreseg.data.store import LesionSet, copy_rows, new_set, parse_row, require_empty
 from coreseg.errors import ConfigError, DataError
 
@@ -40,7 +43,8 @@ SETTINGS, MANIFEST, BENCHMARK = "build.toml", "manifest.json", "benchmark.jsonl"
 class BuildConfig:
     """Settings of a build. A stage without its table is left out.
 
-    out: folder of the build.                              data: the data set to start from.
+    out: folder of the build.                              data: the data set to start from, or
+    import_: a table [import] with the options of `coreseg data import`, see `ImportSettings`: start from raw folders.
     filter: a table, see `FilterSettings`: keep what is hard.
     describe: a table with [describe.teacher] and, at will, [describe.judge], see `TeacherConfig`: a teacher writes the
     reasoning. Without it that of the data set stays, by default the measured description.
@@ -49,7 +53,8 @@ class BuildConfig:
     """
 
     out: str
-    data: str
+    data: str | None = None
+    import_: ImportSettings | None = None
     filter: FilterSettings | None = None
     describe: TeacherConfig | None = None
     review: bool = True
@@ -57,10 +62,12 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         require(self.engine in ENGINES, "engine", self.engine, " or ".join(ENGINES))
+        one = (self.data is None) != (self.import_ is None)
+        require(one, "data", self.data, "a data set to start from, or a table [import], and not both")
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages that the settings ask for, in order."""
+        """The stages that the settings ask for, in order, after the import."""
         wanted = {"filter": self.filter, "describe": self.describe, "review": self.review}
         return tuple(name for name, asked_for in wanted.items() if asked_for)
 
@@ -69,12 +76,15 @@ def build(config: BuildConfig, train_fold: TrainFold | None = None, *, progress:
     """Run what is missing of a build and return its folder. A filter that trains needs `train_fold` (see `filter_set`).
 
     Raises ConfigError where the folder holds a build with other settings, DataError where it holds something else, and
-    what the stages raise; what is finished stays.
+    what the stages raise; what is finished stays. Before anything is, other settings may follow those that failed.
     """
-    out, before = Path(config.out), LesionSet.open(config.data)
+    out, start = Path(config.out), _start(config)
     _claim(out, config)
     started = time.monotonic()
-    told: list[Stage] = []
+    if config.import_ and not start.exists():
+        _import(config.import_, start, progress)
+    before = LesionSet.open(start)
+    told = [_imported(before)] if config.import_ else []
     rejected: list[Rejected] = []
     for name in config.stages:
         folder = out / "stages" / name
@@ -95,11 +105,22 @@ def build(config: BuildConfig, train_fold: TrainFold | None = None, *, progress:
     return out
 
 
+def _start(config: BuildConfig) -> Path:
+    """The folder of the data set to start from, even if not yet imported; a wrong path is told before all else."""
+    if not config.import_:
+        return LesionSet.open(config.data or "").root
+    folder = Path(config.out) / "stages" / "import"
+    if not folder.exists() and not config.import_.form:
+        recognise(Path(config.import_.source))
+    return folder
+
+
 def _claim(out: Path, config: BuildConfig) -> None:
     file = out / SETTINGS
+    begun = any((out / "stages").glob("[!.]*"))
     if not file.exists():
         require_empty(out)
-    elif differ := settings_files.changed(settings_files.load(BuildConfig, file), config):
+    elif begun and (differ := settings_files.changed(settings_files.load(BuildConfig, file), config)):
         raise ConfigError(
             f"{out} holds a build with other settings ({', '.join(differ)} changed); give another `out`, or delete "
             "that folder"
@@ -109,6 +130,30 @@ def _claim(out: Path, config: BuildConfig) -> None:
         settings_files.save(config, file)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error}). Check space and permissions.") from error
+
+
+def _import(settings: ImportSettings, folder: Path, progress: bool) -> None:
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    report = settings.run(part, progress=progress)
+    # Names of files may be those of patients: they stay out of what goes into the manifest.
+    counts = {
+        "form": report.form.partition(",")[0],
+        "set_aside": len(report.refused),
+        "images_without_mask": len(report.images_without_mask),
+        "masks_without_image": len(report.masks_without_image),
+    }
+    (part / REPORT).write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8", newline="\n")
+    lines = "".join(f"{line}\n" for line in (*report.made()[1:], *report.to_mind()))
+    folder.with_suffix(".log").write_text(lines, encoding="utf-8", newline="\n")
+    part.rename(folder)
+
+
+def _imported(lesions: LesionSet) -> Stage:
+    """The import as a stage: what could not be used went in, but did not come out."""
+    facts = json.loads((lesions.root / REPORT).read_text(encoding="utf-8"))
+    rows = len(lesions.samples)
+    return Stage("import", rows + facts["set_aside"], rows, {name: value for name, value in facts.items() if value})
 
 
 def _run(
@@ -145,7 +190,7 @@ def _set_aside(before: LesionSet, folder: Path) -> Iterator[Rejected]:
 def _write_manifest(out: Path, config: BuildConfig, told: list[Stage], seconds: float) -> None:
     reports = {
         name: json.loads(file.read_text(encoding="utf-8"))
-        for name in config.stages
+        for name in ("import", *config.stages)
         for file in (out / "stages" / name / REPORT, out / "stages" / name / SUMMARY)
         if file.is_file()
     }
