@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,114 @@ def test_a_mask_of_another_size_is_found_by_the_check(misfit: Path) -> None:
     code, output, _ = run("data", "check", misfit)
     assert code == 1
     assert "the mask is 40x48 px, its image" in output
+
+
+FACTS = ("--modality", "ct", "--anatomy", "lung", "--category", "nodule")
+
+
+def folder(root: Path, mask: Callable[[Path], object] | None = None, image: Make | None = None) -> Path:
+    """A source for the importer, one picture and its mask in folders."""
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    (image or GOOD["8-bit grey"][1])(root / "images" / "läsion 1.png")
+    (mask or (lambda path: Image.fromarray((grey() > 200).astype(np.uint8) * 255).save(path)))(
+        root / "masks" / "läsion 1.png"
+    )
+    return root
+
+
+def labels(path: Path, values: tuple[int, ...], mode: str = "L", **save: Any) -> None:
+    """A mask of one area a value, each of the size that labels have."""
+    drawn = np.zeros((30, 40), np.uint8)
+    for number, value in enumerate(values):
+        drawn[4:26, 2 + 12 * number : 12 + 12 * number] = value
+    image = Image.fromarray(drawn, mode="P" if mode == "P" else "L")
+    if mode == "P":
+        image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0])
+    image.save(path, **save)
+
+
+def nifti(root: Path, told: dict[str, Any] | None = None, damaged: bool = False) -> Path:
+    """The same as nnU-Net raw: one volume and its labels."""
+    nibabel = pytest.importorskip("nibabel")
+    for part, name in (("imagesTr", "fälle_0000.nii.gz"), ("labelsTr", "fälle.nii.gz")):
+        (root / part).mkdir(parents=True)
+        values = np.zeros((16, 16, 4), np.int16)
+        values[4:10, 4:10, 1:3] = 1 if part == "labelsTr" else -400
+        nibabel.save(nibabel.Nifti1Image(values, np.diag((1.0, 1.0, 1.0, 1.0))), root / part / name)
+        if damaged:
+            (root / part / name).write_bytes((root / part / name).read_bytes()[:40])
+    whole = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "tumour": 1}, "file_ending": ".nii.gz"}
+    (root / "dataset.json").write_text(json.dumps(whole if told is None else told), encoding="utf-8")
+    return root
+
+
+def coco(root: Path, file_name: str) -> Path:
+    """The same as COCO; the picture is always called läsion 1.png."""
+    root.mkdir()
+    plain().save(root / "läsion 1.png")
+    box = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[6, 4, 16, 4, 16, 14, 6, 14]]}
+    told = {"images": [{"id": 1, "file_name": file_name, "width": 40, "height": 30}], "annotations": [box]}
+    text = json.dumps({**told, "categories": [{"id": 1, "name": "nodule"}]}, ensure_ascii=False)
+    (root / "annotations.json").write_text(text, encoding="utf-8")
+    return root
+
+
+def emptied(root: Path, part: str) -> Path:
+    for path in (root / part).iterdir():
+        path.unlink()
+    return root
+
+
+BAD_SOURCES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "mask without image": (lambda at: emptied(folder(at), "images"), "no image has a mask (0 images, 1 masks"),
+    "image without mask": (lambda at: emptied(folder(at), "masks"), "no image has a mask (1 images, 0 masks"),
+    "another size": (lambda at: folder(at, lambda path: Image.new("L", (41, 30), 9).save(path)), "mask is 41x30 px"),
+    "labels": (lambda at: folder(at, lambda path: labels(path, (1, 2))), "2 values besides black (1, 2), expected one"),
+    "palette": (lambda at: folder(at, lambda path: labels(path, (1, 2), "P")), "several colours"),
+    "JPEG of labels": (lambda at: folder(at, lambda path: labels(path, (85, 170, 255), format="JPEG")), "grey areas"),
+    "JPEG of 0 and 1": (lambda at: folder(at, lambda path: labels(path, (1,), format="JPEG")), "brighter than 1"),
+    "truncated mask": (lambda at: folder(at, truncated), "cut off or damaged"),
+    "truncated picture": (lambda at: folder(at, image=truncated), "cut off or damaged"),
+    "damaged NIfTI": (lambda at: nifti(at, damaged=True), "fälle_0000.nii.gz is damaged"),
+    "no labels in dataset.json": (lambda at: nifti(at, {"channel_names": {"0": "CT"}}), "the key labels is missing"),
+    "empty dataset.json": (lambda at: nifti(at, {}), "the key channel_names"),
+    "COCO without picture": (lambda at: coco(at, "gone.png"), "'gone.png', which is not in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_SOURCES.values(), ids=BAD_SOURCES)
+def test_a_source_that_cannot_be_imported(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
+    source = make(tmp_path / "source")
+    before = sorted(tmp_path.rglob("*"))
+    facts = FACTS[:4] if (source / "dataset.json").exists() else FACTS
+    assert_one_error(run("data", "import", source, "--out", tmp_path / "new" / "out", *facts), message)
+    assert sorted(tmp_path.rglob("*")) == before, "no folder of the new set, nor one above or beside it, is left"
+
+
+@pytest.mark.parametrize("make", [folder, nifti, lambda at: coco(at, "läsion 1.png")], ids=["folder", "nnunet", "coco"])
+def test_names_beyond_ascii_are_imported(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    source = make(tmp_path / "Läsionen 病例")
+    code, output, error = run("data", "import", source, "--out", tmp_path / "new" / "öut", *FACTS)
+    assert (code, error) == (0, "") and "lesion-free" in output
+    assert run("data", "check", tmp_path / "new" / "öut")[0] == 0
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source")
+    (tmp_path / "file").write_text("mine")
+    assert_one_error(run("data", "import", source, "--out", tmp_path / "file" / "out", *FACTS), "cannot be written")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_jpeg_mask_of_black_and_white_is_imported(tmp_path: Path) -> None:
+    """Its edges are grey and noisy, which labels are not told by."""
+    soft = Image.fromarray((grey() > 200).astype(np.uint8) * 255).resize((400, 300)).resize((40, 30))
+    for quality in (30, 60, 95):
+        source = folder(tmp_path / f"at{quality}", partial(soft.save, format="JPEG", quality=quality))
+        assert run("data", "import", source, "--out", tmp_path / f"out{quality}", *FACTS)[::2] == (0, "")
+        (row,) = (tmp_path / f"out{quality}" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        assert np.abs(np.subtract(json.loads(row)["boxes"], [SQUARE])).max() <= 1
 
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "src" / "coreseg" / "nano" / "weights"

@@ -24,6 +24,7 @@ READABLE = "PNG, JPEG, TIFF, BMP, WebP or another common image format"
 # A JPEG smears a 0/255 mask: faint noise far from the lesion, and channels that differ a little.
 _JPEG_MASK_THRESHOLD = 127
 _JPEG_CHANNEL_SPREAD = 32
+_JPEG_GREYS = (32, 223)  # neither black nor white; noise and edges are so in places, labels over whole areas
 _STRETCH_PERCENTILES = (0.5, 99.5)
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _DEEP_MODES = ("I", "F")  # and every "I;16…"
@@ -103,7 +104,8 @@ def read_header(path: str | Path) -> Header:
 def read_mask(path: str | Path, *, binary: bool = False) -> Bool[np.ndarray, "height width"]:
     """A mask file as booleans: every pixel that is not zero is lesion, be it 0/1, 0/255 or labelled 1, 2, 3.
 
-    binary: refuse a mask with more than one value besides zero, which may be several classes or soft edges.
+    binary: refuse a mask with more than one value besides zero, which may be several classes or soft edges; and a JPEG
+    with grey areas, or without white ones, whose values may be labels.
 
     A JPEG is cut at half intensity, because compression leaves noise around the lesion. Fully transparent pixels are
     background. A coloured mask counts if it has one colour besides black; more colours would be several classes, and
@@ -119,18 +121,19 @@ def read_mask(path: str | Path, *, binary: bool = False) -> Bool[np.ndarray, "he
         upright = _upright(picture, name)
         if _is_deep(upright) or upright.mode in ("1", "L"):
             values = np.asarray(upright)
-            _refuse_values(name, values, binary and not lossy)
+            _refuse_values(name, values, binary, lossy=lossy)
             return np.asarray(values > _JPEG_MASK_THRESHOLD if lossy else values != 0)
         with_alpha = np.asarray(upright.convert("RGBA"))
     colour, alpha = with_alpha[..., :3], with_alpha[..., 3]
     if lossy:
         _refuse_colours(name, several=bool(np.ptp(colour, axis=2).max() > _JPEG_CHANNEL_SPREAD))
+        _refuse_values(name, colour.max(axis=2), binary, lossy=True)
         return np.asarray(colour.max(axis=2) > _JPEG_MASK_THRESHOLD)
     lesion = colour.any(axis=2) & (alpha > 0)
     drawn = colour[lesion]
     grey = bool((drawn == drawn[:, :1]).all())
     _refuse_colours(name, several=not grey and bool((drawn != drawn[:1]).any()))
-    _refuse_values(name, drawn, binary)
+    _refuse_values(name, drawn, binary, lossy=False)
     return lesion
 
 
@@ -340,11 +343,21 @@ def _refuse_colours(name: str, *, several: bool) -> None:
         )
 
 
-def _refuse_values(name: str, values: Shaped[np.ndarray, "..."], binary: bool) -> None:
-    drawn = np.unique(values[values != 0]) if binary else ()
-    if len(drawn) > 1:
+def _refuse_values(name: str, values: Shaped[np.ndarray, "..."], binary: bool, *, lossy: bool) -> None:
+    if not binary or not values.any():
+        return
+    if lossy:
+        low, high = _JPEG_GREYS
+        grey = ndimage.binary_erosion((values >= low) & (values <= high), np.ones((5, 5), dtype=bool)).any()
+        several = bool(grey or values.max() <= _JPEG_MASK_THRESHOLD)
+        found, expected = "grey areas" if grey else f"nothing brighter than {values.max()}", "black and white"
+    else:
+        drawn = np.unique(values[values != 0])
+        several = len(drawn) > 1
         shown = ", ".join(str(value) for value in drawn[:3])
+        found, expected = f"{len(drawn)} values besides black ({shown}{', …' if len(drawn) > 3 else ''})", "one"
+    if several:
         raise InputError(
-            f"{name}: the mask has {len(drawn)} values besides black ({shown}{', …' if len(drawn) > 3 else ''}), "
-            "expected one. For several classes save one mask per lesion category; soft edges cut at half intensity."
+            f"{name}: the mask has {found}, expected {expected}. If the values are labels, save one mask per lesion "
+            "category and leave organs out; cut soft edges at half intensity."
         )

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -128,6 +128,7 @@ def new_set(destination: Path) -> Iterator[Path]:
     """
     require_empty(destination)
     staging = destination.absolute().with_name(f".{destination.absolute().name}.making-{os.getpid()}")
+    parents = [path for path in staging.parents if not path.exists()]
     try:
         for folder in ("images", "masks"):
             (staging / folder).mkdir(parents=True)
@@ -139,6 +140,9 @@ def new_set(destination: Path) -> Iterator[Path]:
         raise DataError(f"{destination}: the set cannot be written ({error}). Check space and permissions.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for path in parents:
+            with suppress(OSError):  # as it is not empty where all went well
+                path.rmdir()
 
 
 def write_set(root: Path, samples: Sequence[Sample]) -> None:
