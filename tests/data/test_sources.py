@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from coreseg.cli import app
 from coreseg.data.sources import ImportReport, import_set, recognise
 from coreseg.data.store import LesionSet
 from coreseg.data.volumes import Slicing
@@ -474,6 +476,9 @@ def test_a_disk_that_is_full_or_read_only(plain: Path, options: str, words: str)
     with mounted(plain.parent / "disk", options) as disk:
         said = refusal(plain, disk / "out")
         assert words in said and "Check" in said
+        facts = [word for key, value in FLAGS.items() for word in (f"--{key}", value)]
+        done = CliRunner().invoke(app, ["data", "import", str(plain), "--out", str(disk / "new" / "out"), *facts])
+        assert done.exit_code == 2 and done.stderr.startswith("error: ") and words in done.stderr
         assert list(disk.iterdir()) == []
 
 
