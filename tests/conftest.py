@@ -35,8 +35,8 @@ def shared_lesions() -> Path:
 def bright_segmenter(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The class of a segmenter without weights, which the command line now loads under any name.
 
-    It finds whatever is brighter than 200; where a question says "mumble", its answer is malformed. `loaded` keeps
-    what it was asked to load.
+    It finds whatever is brighter than 200; where a question says "mumble", its answer is malformed, where it says
+    "cat", there is a warning. `loaded` keeps what it was asked to load.
     """
     from coreseg.answer import answer_sentence, check_question, render
     from coreseg.imaging import read_image
@@ -58,9 +58,8 @@ def bright_segmenter(monkeypatch: pytest.MonkeyPatch) -> Any:
             answer = Answer("tumor", tuple(tuple(map(int, box)) for box in boxes), "It is bright.", bool(mask.any()))
             if "mumble" in question:
                 return Result(np.zeros_like(mask), boxes[:0], "", "", "<think> hm", False, False, 0.5, picture)
-            return Result(
-                mask, boxes, answer.reasoning, answer_sentence(answer), render(answer), answer.found, True, 0.5, picture
-            )
+            told = answer.reasoning, answer_sentence(answer), render(answer), answer.found, True, 0.5
+            return Result(mask, boxes, *told, picture, ("a cat is no tumor",) if "cat" in question else ())
 
         def segment_batch(
             self, images: Any, questions: Any, *, constrained: bool = True, reasoning: Any = None

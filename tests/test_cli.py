@@ -219,6 +219,26 @@ def test_assemble_and_merge_name_what_is_missing(tmp_path: Path) -> None:
     assert not Path("new").exists()
 
 
+def test_a_warning_stands_on_standard_error_and_in_the_record(bright_segmenter: Any, scans: Path) -> None:
+    done = run("segment", scans / "a.png", "Where is the cat?")
+    assert done.exit_code == 0 and done.stderr == "warning: a cat is no tumor\n"
+    assert "warning" not in run("segment", scans / "a.png", QUESTION).stderr
+    printed = run("segment", scans / "a.png", "Where is the cat?", "--json")
+    assert json.loads(printed.stdout)["warnings"] == ["a cat is no tumor"] and printed.stderr == ""
+
+
+def test_merge_writes_down_what_a_model_was_trained_on(tmp_path: Path) -> None:
+    from coreseg.model.scope import Scope
+    from coreseg.testing import write_phantom_set
+
+    phantoms = write_phantom_set(tmp_path / "phantoms", count=40, seed=0, size_wh=(48, 40))
+    assert "no metadata.jsonl" in complaint(run("merge", "nano", "new", "--scope", "nosuch"))
+    assert not Path("new").exists(), "looked at before anything is written"
+    assert run("merge", "nano", "new", "--scope", phantoms).exit_code == 0
+    scope = Scope.load("new")
+    assert scope is not None and {kind.categories for kind in scope.kinds} == {("cyst", "nodule")}
+
+
 @pytest.fixture
 def phantoms(tmp_path: Path) -> Path:
     from coreseg.testing import write_phantom_set

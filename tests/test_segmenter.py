@@ -13,6 +13,7 @@ from coreseg.answer import MAX_QUESTION_CHARACTERS, check_question, render
 from coreseg.errors import InputError, ModelError
 from coreseg.model.core_seg import CoreSeg, Generation
 from coreseg.model.processor import Batch, CoreSegProcessor
+from coreseg.model.scope import Kind, Scope
 from coreseg.segmenter import Segmenter
 from coreseg.types import Answer
 
@@ -71,6 +72,10 @@ class FakeModel(CoreSeg):
         nn.Module.__init__(self)
         self.weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
         self.calls: list[dict[str, Any]] = []
+        self.segmenter = SimpleNamespace(vision_encoder=self.encode)
+
+    def encode(self, pixels: torch.Tensor, return_dict: bool) -> Any:
+        return SimpleNamespace(fpn_hidden_states=[torch.zeros(len(pixels), 2, 4, 4)])
 
     def generate(self, **inputs: Any) -> Generation:
         self.calls.append(inputs)
@@ -130,8 +135,17 @@ def test_what_the_model_is_given(segmenter: Segmenter, picture: np.ndarray) -> N
     assert constrained["constraint"] == ("the grammar of", [(FRAME_PX, FRAME_PX)])
     assert free["constraint"] is None
     assert constrained["max_new_tokens"] == free["max_new_tokens"] == 2 * FRAME_PX
+    assert [level.shape for level in constrained["segmenter_maps"]] == [(1, 2, 4, 4)], "encoded once, here"
     assert constrained["reasoner_inputs"]["pixel_values"].dtype == torch.bfloat16, "floats in the model's precision"
     assert constrained["reasoner_inputs"]["grid"].dtype == torch.int32, "whole numbers as they are"
+
+
+def test_warnings_of_the_scope_stand_in_the_result(picture: np.ndarray) -> None:
+    kind = Kind("mri", "head", ("stroke",))
+    scope = Scope((kind,), torch.zeros(1, 2), torch.eye(2), limit=1.0)
+    first, second = Segmenter(FakeModel(), FakeProcessor(), scope).segment_batch([picture] * 2, ["half", "mumble"])
+    assert first.warnings == ("this model was never trained on tumor; it knows stroke",)
+    assert second.warnings == (), "nothing to be said of no answer"
 
 
 @pytest.mark.parametrize("question", ["", "  \n", "x" * (MAX_QUESTION_CHARACTERS + 1)])

@@ -193,6 +193,8 @@ def _say(record: dict[str, Any], as_json: bool, many: bool) -> None:
         return
     typer.echo(record["reasoning"])
     typer.echo(record["answer"])
+    for warning in record["warnings"]:
+        typer.echo(f"warning: {warning}", err=True)
     area = f"{record['mask_area_px']:,} px"
     typer.echo(f"mask: {record['mask']} ({area}), overlay: {record['overlay']}, {record['seconds']:.1f} s")
 
@@ -386,11 +388,22 @@ def merge(
     out: Annotated[Path, typer.Argument(help="Folder for the exported checkpoint.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 14MB.")] = "5GB",
+    scope: Annotated[
+        list[Path] | None,
+        typer.Option("--scope", metavar="DATASET", help="Data it was trained on: it then warns of what is unlike it."),
+    ] = None,
 ) -> None:
     """Export a run's best state as one folder that `--model` and `from_pretrained` open."""
+    from coreseg.data.store import LesionSet
     from coreseg.model.assemble import export
 
+    sets = [LesionSet.open(path) for path in scope or []]
     export(run, out, dtype, shard_size)
+    if sets:
+        from coreseg.model.assemble import load_parts
+        from coreseg.train.scope import fit_scope
+
+        fit_scope(*load_parts(out), sets, progress=sys.stderr.isatty()).save(out)
     typer.echo(f"{out}: written; try: coreseg segment IMAGE QUESTION --model {out}")
 
 

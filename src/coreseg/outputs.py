@@ -35,6 +35,7 @@ def write_result(result: Result, folder: Path, name: str, *, image: str, questio
         "reasoning": result.reasoning,
         "answer": result.answer,
         "text": result.text,
+        "warnings": list(result.warnings),
         "mask": str(mask),
         "overlay": str(overlay),
         "mask_area_px": int(result.mask.sum()),

@@ -144,6 +144,11 @@ _LAY_WORDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+def names_of(category: str) -> tuple[str, ...]:
+    """A category and the lay words for it."""
+    return (category, *(word for words in _LAY_WORDS.get(category.lower(), ()) for word in words))
+
+
 def with_article(noun: str) -> str:
     """The noun with "a" or "an", by its first letter; a first word without vowels is spelled out ("an MRI")."""
     first = re.split(r"[\s-]", noun.lower(), maxsplit=1)[0]

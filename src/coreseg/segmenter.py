@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from coreseg.answer import answer_sentence, check_question, check_reasoning, forced
+from coreseg.answer import answer_sentence, check_question, check_reasoning, forced, parse
 from coreseg.errors import InputError
 from coreseg.imaging import read_image
-from coreseg.model.assemble import DTYPES, EMBEDDED, load_parts
+from coreseg.model.assemble import DTYPES, EMBEDDED, EMBEDDED_SFT, find_checkpoint, load_parts
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import AnswerConstraint, CoreSegProcessor
+from coreseg.model.scope import Scope, texture
+from coreseg.sam2 import encode_image
 from coreseg.types import Result
 
 Source = str | Path | np.ndarray | Image.Image
@@ -27,9 +30,10 @@ class Segmenter:
     >>> result = Segmenter.from_pretrained().segment("scan.png", "Where is the foot ulcer?")  # doctest: +SKIP
     """
 
-    def __init__(self, model: CoreSeg, processor: CoreSegProcessor) -> None:
+    def __init__(self, model: CoreSeg, processor: CoreSegProcessor, scope: Scope | None = None) -> None:
         self.model: CoreSeg = model.eval()  # type: ignore[no-untyped-call]
         self.processor = processor
+        self.scope = scope
 
     @classmethod
     def from_pretrained(
@@ -52,7 +56,9 @@ class Segmenter:
             raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
         model, processor = load_parts(name_or_path, DTYPES[dtype])
         model.to(device=place)  # type: ignore[call-arg]
-        return cls(model, processor)
+        # The state before stage 2 has seen the same pictures, through the same image encoder.
+        own = EMBEDDED if str(name_or_path) == EMBEDDED_SFT else name_or_path
+        return cls(model, processor, Scope.load(find_checkpoint(own)))
 
     def segment(self, image: Source, question: str, *, constrained: bool = True) -> Result:
         """Answer one question about one picture (a path, an array, or a PIL image). The same answer every time.
@@ -99,11 +105,13 @@ class Segmenter:
         constraint = AnswerConstraint([forced(ids) for ids in openings]) if openings else None
         if constrained:
             constraint = self.processor.constraint(batch.frames_wh, openings)
+        with torch.no_grad():
+            maps = encode_image(self.model.segmenter, batch.segmenter_pixels)
         generated = self.model.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             reasoner_inputs=batch.reasoner_inputs,
-            segmenter_pixels=batch.segmenter_pixels,
+            segmenter_maps=maps,
             # An opening is not held to the grammar's budget.
             max_new_tokens=max(map(grammar.max_tokens, batch.frames_wh)) + max(map(len, openings), default=0),
             eos_token_id=self.processor.tokenizer.eos_token_id,
@@ -112,11 +120,17 @@ class Segmenter:
             read_boxes=partial(self.processor.read_boxes, frames_wh=batch.frames_wh),
         )
         seconds = (time.perf_counter() - started) / len(pictures)
-        return [
+        results = [
             self._result(picture, ids, logits, frame, seconds)
             for picture, ids, logits, frame in zip(
                 pictures, generated.ids, generated.mask_logits, batch.frames_wh, strict=True
             )
+        ]
+        if self.scope is None:
+            return results
+        return [
+            replace(result, warnings=self.scope.warnings(seen, question, parse(result.text)))
+            for result, seen, question in zip(results, texture(maps).cpu(), questions, strict=True)
         ]
 
     def _result(

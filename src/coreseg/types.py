@@ -69,6 +69,8 @@ class Result:
     valid: whether the raw text has the required form (see `coreseg.answer`).
     seconds: wall time of this image; in a batch, the batch's time divided by its size.
     image: the picture the mask lies on, upright RGB.
+    warnings: why not to rely on it: a picture or question that is unlike what the model was trained on. A model without
+    a record of that (`coreseg merge --scope`) never warns.
     """
 
     mask: Bool[np.ndarray, "height width"]
@@ -80,6 +82,7 @@ class Result:
     valid: bool
     seconds: float
     image: UInt8[np.ndarray, "height width 3"]
+    warnings: tuple[str, ...] = ()
 
     def overlay(self) -> "Image":
         """The image with mask outline and boxes drawn on it, at the image's own size."""

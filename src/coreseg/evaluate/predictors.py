@@ -133,7 +133,7 @@ def answers_from_masks(
 def weights_digest(folder: Path) -> str:
     """SHA-256 over the folder's weight files, its first 16 digits."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("model*.safetensors")):
         with file.open("rb") as weights:
             hashlib.file_digest(weights, lambda: digest)
     return digest.hexdigest()[:16]
