@@ -219,9 +219,7 @@ def _slices(
     if not scan.placed:
         yield Remark(image, "the file does not say how it lies in the patient: left and right are a guess.")
     if turn.oblique:
-        yield Remark(
-            image, f"an oblique scan ({turn.tilt_deg:.0f}°): cut along its own planes, nearest {slicing.axis}."
-        )
+        yield Remark(image, turn.told(slicing.axis))
     volume = Volume(
         values=turn(scan.values),
         masks={category: turn(np.isin(annotated.values, values)) for category, values in wanted.items()},

@@ -24,7 +24,7 @@ from coreseg.data.labels import read_table
 from coreseg.data.nnunet import find_volumes
 from coreseg.data.pictures import Found, Refusal, Remark
 from coreseg.data.splits import with_splits
-from coreseg.data.store import SOURCES, SPLITS, LesionSet, new_set, write_set
+from coreseg.data.store import SOURCES, SPLITS, LesionSet, new_set, require_empty, write_set
 from coreseg.data.volumes import Slicing
 from coreseg.data.writer import Describe, SetWriter
 from coreseg.errors import ConfigError, DataError
@@ -167,8 +167,7 @@ def import_set(
     """
     if not 0 <= val_share < 1:
         raise DataError(f"The share of val is {val_share}: expected from 0 to under 1, such as 0.15.")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise DataError(f"{destination}: already there and not empty; nothing in it is touched. Choose a new folder.")
+    require_empty(destination)
     form, sign = (form, "") if form else recognise(source)
     if form not in _OPTIONS:
         raise ConfigError(f"The form is {form!r}, expected {', '.join(_OPTIONS)}.")
