@@ -6,7 +6,8 @@ A measured description is true by construction. For each row and each kind of li
 statement is replaced by a false one, or a false sentence is added, and the text goes through what `coreseg data review`
 asks of it without a judge: form and pixels. Prints a Markdown table, kind by kind, of what is found where the lie is in
 the describer's own words; in words that `coreseg.sentences` was widened for; and in words held out from that. Kinds
-that no check reads stand in it too.
+that no check reads stand in it too. Below, the false alarms: on descriptions as they are, and on truths put into other
+words.
 
 Our choice: a statement is contradicted only where it is plain, which means that no second value counts as true near a
 threshold, and sizes by two steps or more. All words were written before they were tried.
@@ -106,8 +107,8 @@ WORDS: Mapping[str, Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
             ("at the bottom of the frame", "in the lowermost part", "below the middle"),
         ),
         "middle": (
-            ("midway between top and bottom", "at half height", "neither high nor low in the picture"),
-            ("vertically in the middle", "at about mid height", "in the middle third from top to bottom"),
+            ("midway between top and bottom", "at half height", "in the middle third from top to bottom"),
+            ("vertically in the middle", "at about mid height", "between the top and the bottom third"),
         ),
         "spread": (
             ("all the way from the top to the bottom", "along the full height of the picture"),
@@ -138,7 +139,10 @@ WORDS: Mapping[str, Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
             ("long and narrow", "stretched", "cigar-shaped"),
             ("strip-like", "drawn-out", "much longer than wide"),
         ),
-        "irregular": (("star-shaped", "lobulated", "jagged"), ("irregularly formed", "ragged", "with many lobes")),
+        "irregular": (
+            ("star-shaped", "with many lobes", "jagged"),
+            ("irregularly formed", "ragged", "of no regular shape"),
+        ),
     },
     "edge": {
         "sharp": (
@@ -160,8 +164,8 @@ WORDS: Mapping[str, Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
             ("hyperdense", "lighter than its surroundings", "clearly brighter than the rest"),
         ),
         "similar": (
-            ("isointense", "just as bright as what surrounds it", "of the same brightness as its surroundings"),
-            ("isodense", "equally bright as its surroundings", "no brighter and no darker than its surroundings"),
+            ("isointense", "equally bright as its surroundings", "of the same brightness as its surroundings"),
+            ("isodense", "alike in brightness to what surrounds it", "no brighter and no darker than its surroundings"),
         ),
     },
     "texture": {
@@ -170,8 +174,8 @@ WORDS: Mapping[str, Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
             ("a uniform texture", "a consistent interior", "a homogeneous inside"),
         ),
         "heterogeneous": (
-            ("a patchy interior", "an uneven inner structure", "an interior of many tones"),
-            ("a varied interior", "a mottled texture", "a non-uniform inside"),
+            ("a patchy interior", "a non-uniform inside", "an interior of many tones"),
+            ("a varied interior", "a mottled texture", "an interior that is not the same all over"),
         ),
     },
 }  # fmt: skip
@@ -414,6 +418,10 @@ LIES = (
 )  # fmt: skip
 
 
+TRUTHS = tuple(swap(kind, {value: value for value in values}) for kind, values in WORDS.items())
+"""No lies: each puts one statement into other words that say the same."""
+
+
 @dataclass
 class Count:
     """How many lies of one kind were planted, and found."""
@@ -427,11 +435,17 @@ class Count:
 
 @dataclass(frozen=True)
 class Trial:
-    """What came out: a count a lie and vocabulary, the untouched texts with a fault, and the lies that passed."""
+    """What came out.
+
+    counts: by lie and vocabulary. untouched: texts as they were, `found` those with a fault. truths: the same of truths
+    in other words, by vocabulary. passed: lies that were not found, with their texts. refuted: truths that were.
+    """
 
     counts: Mapping[tuple[str, str], Count]
     untouched: Count
+    truths: Mapping[str, Count]
     passed: list[tuple[str, str]]
+    refuted: list[str]
 
 
 def faulty(text: str, row: Row) -> bool:
@@ -441,7 +455,8 @@ def faulty(text: str, row: Row) -> bool:
 
 def plant_all(rows: Iterable[Row], seed: int) -> Trial:
     counts: dict[tuple[str, str], Count] = defaultdict(Count)
-    untouched, passed = Count(), []
+    truths: dict[str, Count] = defaultdict(Count)
+    untouched, passed, refuted = Count(), list[tuple[str, str]](), list[str]()
     for number, row in enumerate(rows):
         untouched.planted += 1
         untouched.found += faulty(row.text, row)
@@ -454,7 +469,16 @@ def plant_all(rows: Iterable[Row], seed: int) -> Trial:
                     counts[lie.name, words].found += found
                     if not found:
                         passed.append((lie.name, text))
-    return Trial(counts, untouched, passed)
+        for plant in TRUTHS:
+            for index, words in enumerate(VOCABULARIES):
+                text = plant(row, np.random.default_rng([seed, number, index]), words)
+                if text is not None:
+                    found = faulty(text, row)
+                    truths[words].planted += 1
+                    truths[words].found += found
+                    if found:
+                        refuted.append(text)
+    return Trial(counts, untouched, truths, passed, refuted)
 
 
 def rows_of(lesions: LesionSet, split: str) -> Iterable[Row]:
@@ -468,14 +492,19 @@ if __name__ == "__main__":
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--split", default="val")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--passed", action="store_true", help="print the lies that passed instead of the table")
+    parser.add_argument("--passed", action="store_true", help="print the lies that passed, and false alarms")
     options = parser.parse_args()
     trial = plant_all(rows_of(LesionSet.open(options.dataset), options.split), options.seed)
     if options.passed:
-        print("\n".join(f"{name}: {text}" for name, text in trial.passed))
+        print(
+            "\n".join(
+                f"{name}: {text}" for name, text in [*trial.passed, *(("refuted", text) for text in trial.refuted)]
+            )
+        )
         raise SystemExit
     print(f"| lie | read as | {' | '.join(VOCABULARIES)} |\n|{'---|' * (2 + len(VOCABULARIES))}")
     for lie in LIES:
         cells = [str(trial.counts[lie.name, words]) for words in VOCABULARIES]
         print(f"| {lie.name} | {lie.read_as or 'not read'} | {' | '.join(cells)} |")
-    print(f"\n{trial.untouched.found} of {trial.untouched.planted} untouched descriptions have a fault.")
+    print(f"\nFalse alarms: {trial.untouched} descriptions as they are; truths in other words:")
+    print("; ".join(f"{words} {trial.truths[words]}" for words in VOCABULARIES))

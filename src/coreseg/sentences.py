@@ -82,7 +82,7 @@ _ONE = (
     r"(?! (?:side|sided|of|in|on|at|to|half|third|edge|end|part|another|is|that|which|can|would)\b)"
 )
 # Counted of these, a number says nothing of how many lesions there are.
-_OF_ONE = r"(?! (?:\w+ )?(?:tone|shade|colour|centimetre|millimetre|centimeter|millimeter|cm|mm|time)s?\b)"
+_OF_ONE = r"(?! (?:\w+ )?(?:tone|shade|colour|lobe|centimetre|millimetre|centimeter|millimeter|cm|mm|time)s?\b)"
 
 _UNEVEN = "mixed|uneven|mottled|patchy|speckled|variegated"
 _SOFT = "blurr(?:ed|y)|fuzzy|soft|indistinct|unclear|vague|hazy|faded|fading"
@@ -116,13 +116,14 @@ _LEXICON: Mapping[str, Mapping[str, tuple[tuple[str, ...], str]]] = {
     "place": {
         "spread": (
             ("from top to bottom", "over the whole height"),
-            r"(?:top |upper (?:\w+ ){0,2})to (?:the )?(?:bottom|lower)(?: (?:part|half|third|edge|end))?|"
-            r"bottom to (?:the )?top|(?:whole|entire|full) height",
+            r"(?<!third from )(?:top |upper (?:\w+ ){0,2})to (?:the )?(?:bottom|lower)"
+            r"(?: (?:part|half|third|edge|end))?|bottom to (?:the )?top|(?:whole|entire|full) height",
         ),
         "middle": (
             ("at mid height", "at middle height", "halfway up"),
             rf"(?<!above )(?<!below ){_MID_HEIGHT}|(?:centre|center|middle) {_PICTURE}|"
-            r"(?:mid ?way|half ?way) between (?:the )?top and (?:the )?bottom|neither high nor low",
+            r"(?:mid ?way|half ?way) between (?:the )?top and (?:the )?bottom|neither high nor low|"
+            "middle third from top to bottom",
         ),
         "upper": (
             ("in the upper part", "in the upper half", "towards the top"),
@@ -181,7 +182,8 @@ _LEXICON: Mapping[str, Mapping[str, tuple[tuple[str, ...], str]]] = {
     "shape": {
         "irregular": (
             ("irregular", "irregularly shaped"),
-            rf"(?:irregular(?:ly shaped)?|jagged)(?! {_BORDER})|lobulated|(?:star|pear) shaped|stellate",
+            rf"(?:irregular(?:ly shaped)?|jagged)(?! {_BORDER})|lobulated|"
+            r"(?:many|several) lobes|(?:star|pear) shaped|stellate",
         ),
         "oval": (("oval", "elliptical"), r"oval|ovoid|elliptical|egg shaped"),
         "elongated": (
@@ -209,7 +211,8 @@ _LEXICON: Mapping[str, Mapping[str, tuple[tuple[str, ...], str]]] = {
     "contrast": {
         "similar": (
             ("about as bright as its surroundings", "similar in brightness to its surroundings"),
-            r"as (?:bright|dark) as|(?:similar|equal|same) (?:in )?(?:brightness|tone)|iso(?:intense|dense|echoic)",
+            r"as (?:bright|dark) as|equally (?:bright|dark)|"
+            r"(?:similar|equal|same) (?:in )?(?:brightness|tone)|iso(?:intense|dense|echoic)",
         ),
         "darker": (
             ("darker than its surroundings", "darker than the tissue around it"),
@@ -249,7 +252,7 @@ _FILLER = (
     "has|reach|extend"
 )
 _LIMIT = "confined|restricted|limited|only|just"
-_NOT = "\\bnot|n't|\\b(?:neither|nor|never|rather than|instead of)"
+_NOT = "\\bnot|n't|\\b(?:non|neither|nor|never|rather than|instead of)"
 _NEGATION = re.compile(rf"(?:{_NOT}|\b(?:no|without))(?: (?:{_FILLER}|{_LIMIT}))*$")
 # Other than "not only" and "no": what stands behind these is denied of the lesion, not merely left unsaid.
 _DENIAL = re.compile(rf"(?:{_NOT})(?: (?:{_FILLER}))*$")
