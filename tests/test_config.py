@@ -22,15 +22,6 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_settings_that_the_documentation_shows(tmp_path: Path) -> None:
-    text = (Path(__file__).parent.parent / "docs" / "train.md").read_text(encoding="utf-8")
-    first, second = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
-    (tmp_path / "my-run.toml").write_text(first, encoding="utf-8")
-    assert load(SftConfig, tmp_path / "my-run.toml").model == "nano"
-    (tmp_path / "my-grpo.toml").write_text(second, encoding="utf-8")
-    assert load(GrpoConfig, tmp_path / "my-grpo.toml").model == load(SftConfig, tmp_path / "my-run.toml").out
-
-
 def test_a_table_of_settings(tmp_path: Path) -> None:
     path = tmp_path / "grpo.toml"
     path.write_text('model = "m"\ndata = "d"\nout = "o"\n[reward]\nplain_dice = true\nbeta = 3\n')

@@ -59,6 +59,15 @@ TWO = {"side": ["both"], "place": ["spread"], "size": ["small"], "count": ["two"
         ("Right lower lobe.", ONE_SMALL_ON_THE_LEFT, set()),
         ("A small area on the left.", {"count": ["none"]}, {"side", "size"}),
         ("Nothing stands out.", {"count": ["none"]}, set()),
+        ("It does not lie on the left.", ONE_SMALL_ON_THE_LEFT, {"side"}),
+        ("It does not lie on the right.", ONE_SMALL_ON_THE_LEFT, set()),
+        ("The larger isn't on the left.", TWO | {"side": ["left"]}, set()),
+        ("It does not have a sharp edge; it has no blurred border.", {"edge": ["sharp"]}, {"edge"}),
+        ("It is not round.", {"shape": ["round", "oval"]}, set()),
+        ("There are no small vessels.", ONE_SMALL_ON_THE_LEFT, set()),
+        ("It is three centimetres long, and of one tone.", TWO, set()),
+        ("A nodule is not seen.", ONE_SMALL_ON_THE_LEFT, {"count"}),
+        ("There is no nodule here.", ONE_SMALL_ON_THE_LEFT, {"count"}),
     ],
 )
 def test_what_refutes_what(text: str, true: dict[str, list[str]], kinds: set[str]) -> None:

@@ -394,6 +394,7 @@ def merge(
     ] = None,
 ) -> None:
     """Export a run's best state as one folder that `--model` and `from_pretrained` open."""
+    _quiet_transformers()
     from coreseg.data.store import LesionSet
     from coreseg.model.assemble import export
 
@@ -413,7 +414,7 @@ def train_sft(config: ConfigArgument, overrides: SetOption = None) -> None:
     """Stage 1: teach a CORE-Seg to describe, to place boxes and to prompt its segmenter.
 
     Run again with the same settings it goes on where it stopped. A file of settings needs model, data and out; see
-    docs/train.md for an example and for all of them.
+    docs/howto/own_data.md for an example and for all of them.
     """
     from coreseg.config import SftConfig, load
 
@@ -430,7 +431,7 @@ def train_grpo(config: ConfigArgument, overrides: SetOption = None) -> None:
     """Stage 2: sample several answers to each question, and reinforce those whose form, boxes and mask are better.
 
     Starts from a model that stage 1 has trained. Run again with the same settings it goes on where it stopped. Watch
-    it: tensorboard --logdir RUN, and the sampled answers with their masks in RUN/samples. See docs/train.md.
+    it: tensorboard --logdir RUN, and the sampled answers with their masks in RUN/samples. See docs/howto/own_data.md.
     """
     from coreseg.config import GrpoConfig, load
 

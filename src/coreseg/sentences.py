@@ -49,6 +49,11 @@ _LESION = (
     r"(?:lesion|mass|nodule|focus|region|area|spot|patch|ulcer|wound|polyp|opacity|tumou?r|cyst|bleed|haemorrhage|"
     r"infarct|scar|deposit|collection|shadow)"
 )
+_SOUGHT = (
+    r"(?!(?:second|other|further|more|additional) )(?:\w+ ){0,3}?"
+    r"(?:lesion|mass|nodule|ulcer|wound|polyp|opacity|opacitie|tumou?r|cyst|exudate|ha?emorrhage|infarct|infarction)s?"
+)
+_NOWHERE = rf"(?= ?(?:$|,|here\b|in (?:the|this) {_FRAME}))"
 
 
 def _one_side(side: str) -> str:
@@ -76,6 +81,9 @@ _ONE = (
     r"(?<!other )(?<!er )(?<!est )(?<!left )(?<!right )one"
     r"(?! (?:side|sided|of|in|on|at|to|half|third|edge|end|part|another|is|that|which|can|would)\b)"
 )
+# Counted of these, a number says nothing of how many lesions there are.
+_OF_ONE = r"(?! (?:\w+ )?(?:tone|shade|colour|lobe|centimetre|millimetre|centimeter|millimeter|cm|mm|time)s?\b)"
+
 _UNEVEN = "mixed|uneven|mottled|patchy|speckled|variegated"
 _SOFT = "blurr(?:ed|y)|fuzzy|soft|indistinct|unclear|vague|hazy|faded|fading"
 _CRISP = "sharp|crisp|clear(?: cut)?|distinct|well defined"
@@ -101,22 +109,25 @@ _LEXICON: Mapping[str, Mapping[str, tuple[tuple[str, ...], str]]] = {
         ),
         "centre": (
             ("in the central part of the image", "centrally in the image"),
-            rf"central(?:ly)?{_BODY}|(?:centre|center|middle) {_PICTURE}|(?:in|at|on|along) the midline",
+            rf"central(?:ly)?{_BODY}|(?:centre|center|middle) {_PICTURE}|"
+            r"(?:in|at|on|along|near|around|close to) the midline",
         ),
     },
     "place": {
         "spread": (
             ("from top to bottom", "over the whole height"),
-            r"(?:top |upper (?:\w+ ){0,2})to (?:the )?(?:bottom|lower)(?: (?:part|half|third|edge|end))?|"
-            r"bottom to (?:the )?top|(?:whole|entire|full) height",
+            r"(?<!third from )(?:top |upper (?:\w+ ){0,2})to (?:the )?(?:bottom|lower)"
+            r"(?: (?:part|half|third|edge|end))?|bottom to (?:the )?top|(?:whole|entire|full) height",
         ),
         "middle": (
             ("at mid height", "at middle height", "halfway up"),
-            rf"(?<!above )(?<!below ){_MID_HEIGHT}|(?:centre|center|middle) {_PICTURE}",
+            rf"(?<!above )(?<!below ){_MID_HEIGHT}|(?:centre|center|middle) {_PICTURE}|"
+            r"(?:mid ?way|half ?way) between (?:the )?top and (?:the )?bottom|neither high nor low|"
+            "middle third from top to bottom",
         ),
         "upper": (
             ("in the upper part", "in the upper half", "towards the top"),
-            rf"{_one_end('upper', 'top')}|above {_MID_HEIGHT}",
+            rf"{_one_end('upper', 'top')}|above {_MID_HEIGHT}|high (?:up|in the {_FRAME})",
         ),
         "lower": (
             ("in the lower part", "in the lower half", "towards the bottom"),
@@ -125,14 +136,15 @@ _LEXICON: Mapping[str, Mapping[str, tuple[tuple[str, ...], str]]] = {
     },
     "size": {
         "tiny": (("tiny", "very small"), r"tiny|very small|minuscule|minute|diminutive|punctate|pinpoint|pinhead"),
-        "small": (("small", "fairly small"), rf"small{_THING}|{_share('one|1')}"),
+        "small": (("small", "fairly small"), rf"small(?:ish)?{_THING}|little(?: \w+)? {_LESION}|{_share('one|1')}"),
         "medium": (
             ("medium-sized", "moderately sized"),
             rf"(?:medium|mid|moderate|moderately) (?:sized?|in size)|{_share('few|[2-5]')}",
         ),
         "very large": (
             ("very large", "extensive"),
-            rf"very (?:large|big){_THING}|extensive|huge|massive|(?:dominat|fill)(?:es|s|ing) (?:\w+ ){{0,2}}{_FRAME}|"
+            rf"very (?:large|big){_THING}|extensive|huge|massive|enormous|gigantic|"
+            rf"(?:dominat|fill)(?:es|s|ing) (?:\w+ ){{0,2}}{_FRAME}|"
             + _share("most|half|thirds?|quarters?|fifth|[2-9][0-9]"),
         ),
         "large": (
@@ -144,26 +156,34 @@ _LEXICON: Mapping[str, Mapping[str, tuple[tuple[str, ...], str]]] = {
         "none": (
             ("nothing stands out", "nothing unusual is seen"),
             r"nothing (?:\w+ ){0,2}(?:stands out|is (?:seen|visible|found)|fits)|no (?:sign|trace|evidence) of|"
-            r"no (?!second |other |further |more |additional )(?:\w+ ){1,4}(?:is|are) (?:visible|seen|present|found)",
+            r"no (?!second |other |further |more |additional )(?:\w+ ){1,4}(?:is|are) (?:visible|seen|present|found)|"
+            rf"(?:an?|the|any) {_SOUGHT} (?:is|are) (?:absent|not (?:visible|seen|present|found)){_NOWHERE}|"
+            rf"(?:there (?:is|are)|shows?|see|find|has|contains?) no {_SOUGHT}{_NOWHERE}|"
+            rf"(?:cannot|can not|do not|could not) (?:find|see) (?:an?|any) {_SOUGHT}{_NOWHERE}|"
+            rf"free of {_SOUGHT}{_NOWHERE}",
         ),
-        "three": (("three", "a group of three"), r"three(?! (?:quarter|dimension)s?)"),
-        "four": (("four", "a group of four"), "four"),
-        "two": (("two", "a pair of"), rf"two(?! thirds)|pair of|couple of|both {_LESION}s|second {_LESION}{_SEEN}"),
+        "three": (("three", "a group of three"), rf"three(?! (?:quarter|dimension)s?){_OF_ONE}"),
+        "four": (("four", "a group of four"), f"four{_OF_ONE}"),
+        "two": (
+            ("two", "a pair of"),
+            rf"two(?! thirds){_OF_ONE}|pair of|couple of|both {_LESION}s|second {_LESION}{_SEEN}",
+        ),
         "several": (
             ("several", "many", "numerous"),
-            r"several|many|numerous|multiple(?! sclerosis)|scattered|at least (?:three|four)|five|six|seven|eight|nine|"
-            r"ten|dozens?",
+            rf"(?:several|many|numerous)(?! as\b){_OF_ONE}|multiple(?! sclerosis)|scattered|at least (?:three|four)|"
+            rf"(?:clusters?|handful) of(?! (?:two|three|four)\b)|(?:five|six|seven|eight|nine|ten){_OF_ONE}|dozens?",
         ),
         "one": (
             ("a single", "one"),
-            rf"single|solitary|lone|{_ONE}|"
+            rf"single|solitary|lone|{_ONE}{_OF_ONE}|"
             rf"(?:no|without a) (?:second|other|further|additional) {_LESION}s?|second {_LESION}",
         ),
     },
     "shape": {
         "irregular": (
             ("irregular", "irregularly shaped"),
-            rf"irregular(?:ly shaped)?(?! {_BORDER})|lobulated|(?:star|pear) shaped|stellate",
+            rf"(?:irregular(?:ly shaped)?|jagged)(?! {_BORDER})|lobulated|"
+            r"(?:many|several) lobes|(?:star|pear) shaped|stellate",
         ),
         "oval": (("oval", "elliptical"), r"oval|ovoid|elliptical|egg shaped"),
         "elongated": (
@@ -171,7 +191,10 @@ _LEXICON: Mapping[str, Mapping[str, tuple[tuple[str, ...], str]]] = {
             r"elongated?|oblong|stretched|long and (?:thin|narrow)|(?:band|ribbon|cigar|crescent) (?:like|shaped)|"
             r"crescentic|curvilinear|linear|thin curved",
         ),
-        "round": (("round", "circular"), rf"(?<!\ball )round(?:ed|ish)?(?! {_BORDER})|circular|spherical"),
+        "round": (
+            ("round", "circular"),
+            rf"(?<!\ball )round(?:ed|ish)?(?! {_BORDER})|circular|spherical|(?:ball|disc) (?:shaped|like)",
+        ),
     },
     "edge": {
         "blurred": (
@@ -188,16 +211,19 @@ _LEXICON: Mapping[str, Mapping[str, tuple[tuple[str, ...], str]]] = {
     "contrast": {
         "similar": (
             ("about as bright as its surroundings", "similar in brightness to its surroundings"),
-            r"as (?:bright|dark) as|(?:similar|equal|same) (?:in )?(?:brightness|tone)|iso(?:intense|dense|echoic)",
+            r"as (?:bright|dark) as|equally (?:bright|dark)|"
+            r"(?:similar|equal|same) (?:in )?(?:brightness|tone)|iso(?:intense|dense|echoic)",
         ),
         "darker": (
             ("darker than its surroundings", "darker than the tissue around it"),
-            rf"dark(?:er)?{_INNER}|black|hypo(?:intense|dense|echoic|attenuating)|anechoic|lucent|radiolucent|"
+            rf"dark(?:er)?{_INNER}|black(?:er)?|(?:low|lower|less|reduced) brightness|less bright|"
+            r"hypo(?:intense|dense|echoic|attenuating)|anechoic|lucent|radiolucent|"
             r"(?:low|reduced) (?:signal|intensity|density|attenuation|echogenicity)|less dense",
         ),
         "brighter": (
             ("brighter than its surroundings", "brighter than the tissue around it"),
-            rf"bright(?:er|ly)?{_INNER}|(?:lighter|paler|whiter){_INNER}|hyper(?:intense|dense|echoic|attenuating)|denser|"
+            rf"(?<!less )bright(?:er|ly)?{_INNER}|(?:lighter|paler|whiter){_INNER}|"
+            rf"(?:high|higher|more|increased) brightness|hyper(?:intense|dense|echoic|attenuating)|denser|"
             rf"dense {_LESION}|dense (?:focus|foci)|"
             r"(?:high|increased) (?:signal|intensity|density|attenuation|echogenicity)",
         ),
@@ -206,11 +232,13 @@ _LEXICON: Mapping[str, Mapping[str, tuple[tuple[str, ...], str]]] = {
         "heterogeneous": (
             ("a heterogeneous interior", "a mixed texture"),
             rf"(?:hetero|inhomo)gene?ous(?:ly)?|mottled|(?:{_UNEVEN}) (?:\w+ ){{0,3}}{_INTERIOR}|"
-            rf"{_INTERIOR} (?:is|are|looks?|appears?) (?:\w+ )?(?:{_UNEVEN})",
+            rf"{_INTERIOR} (?:is|are|looks?|appears?) (?:\w+ )?(?:{_UNEVEN})|"
+            r"(?:many|several|different|mixed) (?:tone|shade)s",
         ),
         "homogeneous": (
             ("a homogeneous interior", "an even texture"),
-            rf"homogene?ous(?:ly)?|(?:even|uniform|smooth) {_INTERIOR}|(?:completely|entirely|perfectly) uniform|"
+            rf"homogene?ous(?:ly)?|(?:even|uniform|smooth) (?:inner |internal )?{_INTERIOR}|"
+            r"(?:one|a single) (?:tone|shade)|(?:completely|entirely|perfectly) uniform|"
             rf"{_INTERIOR} (?:is|are|looks?|appears?) (?:\w+ )?(?:even|uniform|smooth)",
         ),
     },
@@ -219,10 +247,16 @@ _PATTERNS = {
     kind: {value: re.compile(rf"\b(?:{pattern})\b") for value, (_, pattern) in values.items()}
     for kind, values in _LEXICON.items()
 }
-_NEGATION = re.compile(
-    r"\b(?:not|no|without|neither|nor|never|rather than|instead of)"
-    r"(?: (?:a|an|the|any|very|clearly|confined|restricted|limited|only|just|to|in))*$"
+_FILLER = (
+    "a|an|the|any|very|clearly|about|to|towards?|in|at|on|of|near|lie|lying|located|situated|seen|found|look|appear|seem|have|"
+    "has|reach|extend"
 )
+_LIMIT = "confined|restricted|limited|only|just"
+_NOT = "\\bnot|n't|\\b(?:non|neither|nor|never|rather than|instead of)"
+_NEGATION = re.compile(rf"(?:{_NOT}|\b(?:no|without))(?: (?:{_FILLER}|{_LIMIT}))*$")
+# Other than "not only" and "no": what stands behind these is denied of the lesion, not merely left unsaid.
+_DENIAL = re.compile(rf"(?:{_NOT})(?: (?:{_FILLER}))*$")
+_DENIAL_OF_NOUN = re.compile(rf"(?:{_NOT}|\b(?:no|without))(?: (?:{_FILLER}))*$")
 _OF_HEALTH = re.compile(r"\W*(?:\w+ ){0,3}(?:healthy|normal|normally|usually|typically)\b")
 
 
@@ -242,12 +276,13 @@ def pick(wordings: tuple[str, ...], rng: np.random.Generator) -> str:
     return wordings[int(rng.integers(len(wordings)))]
 
 
-def find(kind: str, text: str) -> set[str]:
-    """The values of one kind that a text states.
+def find(kind: str, text: str, *, denied: bool = False) -> set[str]:
+    """The values of one kind that a text states, or those that it denies ("it is not round").
 
-    Sentences about healthy tissue, and values right behind a negation, are left out.
+    Sentences about healthy tissue are left out. Values right behind a negation are not stated, and denied only where
+    that says something of the lesion: not behind "not confined to", and behind "no" for edge and texture only.
     """
-    return {value for value, _, _ in _hits(kind, _single_spaced(text))}
+    return {value for value, _, _ in _hits(kind, _single_spaced(text), denied)}
 
 
 # Of one length with the text, so that a place in one is a place in the other.
@@ -258,8 +293,9 @@ def _single_spaced(text: str) -> str:
     return re.sub(r"[^\S\n]+", " ", text)
 
 
-def _hits(kind: str, text: str) -> list[tuple[str, int, int]]:
+def _hits(kind: str, text: str, denied: bool = False) -> list[tuple[str, int, int]]:
     """What `find` reads in a single-spaced text: each value with its start and end."""
+    denial = _DENIAL_OF_NOUN if kind in ("edge", "texture") else _DENIAL
     found = []
     for sentence in re.finditer(r"[^.;:!?\n]+", text.translate(_PLAIN)):
         unread = sentence.group()
@@ -267,7 +303,8 @@ def _hits(kind: str, text: str) -> list[tuple[str, int, int]]:
             continue
         for value, pattern in _PATTERNS[kind].items():
             for hit in pattern.finditer(unread):
-                if not _NEGATION.search(unread[: hit.start()].rstrip()):
+                before = unread[: hit.start()].rstrip()
+                if denial.search(before) if denied else not _NEGATION.search(before):
                     found.append((value, sentence.start() + hit.start(), sentence.start() + hit.end()))
                 unread = f"{unread[: hit.start()]}{'#' * len(hit.group())}{unread[hit.end() :]}"
     return found

@@ -22,7 +22,7 @@ from scipy import ndimage
 from scipy.spatial import ConvexHull
 
 from coreseg.masks import label_lesions, smallest_lesion_px
-from coreseg.sentences import VALUES, find_all
+from coreseg.sentences import KINDS, VALUES, find, find_all
 
 _PATCH_PX = 256
 """The largest lesion is looked at in a crop of at most this side."""
@@ -281,18 +281,26 @@ NEAR: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Contradiction:
-    """A statement that a mask refutes: what the text says of this kind, and what would have been true."""
+    """A statement that a mask refutes: what the text states or denies of this kind, and what would have been true."""
 
     kind: str
     stated: frozenset[str]
     measured: frozenset[str]
+    denied: bool = False
+
+    @property
+    def wrong(self) -> frozenset[str]:
+        """The values at fault."""
+        return self.stated & self.measured if self.denied else self.stated - self.measured
 
 
 def contradictions(text: str, true: Mapping[str, Collection[str]]) -> tuple[Contradiction, ...]:
     """What a text by anybody says against `accepted_all` of a mask; more lenient than `holds`, made for our own texts.
 
     Sizes, shapes and counts may be a step off. Where there are several lesions, a text may tell of one here and one
-    there: a side or place is refuted where none that it names is true. An empty mask refutes every statement.
+    there: a side or place is refuted where none that it names is true. An empty mask refutes every statement. A denial
+    is refuted where all that counts as true is denied; of side and place only where there is one lesion, and never of
+    the count.
     """
     nothing_there = "none" in true.get("count", ())
     found = []
@@ -302,6 +310,11 @@ def contradictions(text: str, true: Mapping[str, Collection[str]]) -> tuple[Cont
         in_parts = kind in ("side", "place") and "one" not in true.get("count", ()) and bool(stated & fits)
         if (kind in true or nothing_there) and stated - fits and not in_parts:
             found.append(Contradiction(kind, frozenset(stated), frozenset(true.get(kind, ()))))
+    for kind in KINDS:
+        denied, measured = find(kind, text, denied=True), frozenset(true.get(kind, ()))
+        of_all = kind not in ("side", "place") or "one" in true.get("count", ())
+        if measured and measured <= denied and of_all and kind != "count":
+            found.append(Contradiction(kind, frozenset(denied), measured, denied=True))
     return tuple(found)
 
 

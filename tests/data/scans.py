@@ -13,12 +13,20 @@ from typing import Any
 import nibabel
 import numpy as np
 import pydicom
+import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+from coreseg.data.sources import ImportReport, import_set
+from coreseg.data.store import LesionSet
+from coreseg.data.volumes import Slicing
+from coreseg.errors import CoreSegError
+from coreseg.types import Sample
 
 DARK, BRIGHT = -190, 300
 WINDOW = "50/500"
 """In this window, dark is nearly black and bright is white."""
+ALL = Slicing(window=WINDOW, min_area_mm2=0.0, max_slices=99)
 
 MR_STORAGE, CT_STORAGE = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.2"
 
@@ -73,6 +81,31 @@ def lay(
     shift[:3, 3] = (12.5, -30.0, 7.25)
     backwards = tuple(slice(None, None, -1 if flipped else 1) for flipped in flips)
     return Laid(values.transpose(axes)[backwards], labels.transpose(axes)[backwards], shift @ turn @ tilt @ affine)
+
+
+def imported(root: Path, out: Path | None = None, **options: Any) -> tuple[ImportReport, LesionSet]:
+    """The import of a source with usual options, by default of volumes in all their slices."""
+    destination = out or root.parent / "out"
+    usual = {"anatomy": "abdomen", "slicing": ALL, "describe": lambda *_: "", "progress": False}
+    report = import_set(root, destination, **{**usual, **options})
+    return report, LesionSet.open(destination)
+
+
+def refusal(root: Path, **options: Any) -> str:
+    """The one clear line that an import ends with, which leaves nothing behind."""
+    before = sorted(root.parent.rglob("*"))
+    with pytest.raises(CoreSegError) as caught:
+        imported(root, root.parent / "refused", **options)
+    assert sorted(root.parent.rglob("*")) == before
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    return str(caught.value)
+
+
+def rows_of(lesion_set: LesionSet, category: str) -> dict[int, Sample]:
+    """Rows of one category by the number of their slice."""
+    return {
+        int(Path(row.file_name).stem.rsplit("_", 1)[1]): row for row in lesion_set.samples if row.category == category
+    }
 
 
 def write_nnunet(root: Path, cases: Mapping[str, Laid], told: Mapping[str, Any] | None = None) -> Path:

@@ -1,25 +1,26 @@
 """COCO: polygons and both run-length encodings give the pixels meant, and bad annotations are set aside."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import scans
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from coreseg.data.coco import decode
-from coreseg.data.sources import ImportReport, import_set
-from coreseg.data.store import LesionSet
 from coreseg.data.volumes import Slicing
-from coreseg.errors import CoreSegError, InputError
+from coreseg.errors import InputError
 from coreseg.testing import phantom
 
 WIDTH, HEIGHT = 40, 32
-FACTS = {"modality": "ultrasound", "anatomy": "breast"}
+FACTS: dict[str, Any] = {"modality": "ultrasound", "anatomy": "breast", "slicing": Slicing()}
+imported, refusal = partial(scans.imported, **FACTS), partial(scans.refusal, **FACTS)
 SQUARE = [4, 3, 14, 3, 14, 9, 4, 9]
 """The pixels of columns 4 to 13 and rows 3 to 8."""
 
@@ -77,22 +78,6 @@ def root(tmp_path: Path, told: dict[str, Any]) -> Path:
 def write(folder: Path, told: Any, name: str = "annotations.json") -> None:
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text(json.dumps(told), encoding="utf-8")
-
-
-def imported(root: Path, out: Path | None = None, **options: Any) -> tuple[ImportReport, LesionSet]:
-    destination = out or root.parent / "out"
-    usual = {"describe": lambda *_: "", "progress": False, **FACTS}
-    report = import_set(root, destination, **{**usual, **options})
-    return report, LesionSet.open(destination)
-
-
-def refusal(root: Path, **options: Any) -> str:
-    before = sorted(root.parent.rglob("*"))
-    with pytest.raises(CoreSegError) as caught:
-        imported(root, root.parent / "refused", **options)
-    assert sorted(root.parent.rglob("*")) == before  # nothing left behind
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
-    return str(caught.value)
 
 
 # --- Masks -----------------------------------------------------------------------------------------------------------

@@ -2,41 +2,28 @@
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
 import pytest
+import scans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.uid import JPEGLosslessSV1
-from scans import WINDOW, Laid, contents, lay, picture, save, segmentation, series
+from scans import WINDOW, Laid, contents, lay, picture, rows_of, save, segmentation, series
 
-from coreseg.data.sources import ImportReport, import_set
 from coreseg.data.store import LesionSet
 from coreseg.data.volumes import Slicing
-from coreseg.errors import CoreSegError, MissingExtraError
+from coreseg.errors import MissingExtraError
 from coreseg.types import Sample
 
 SHAPE = (14, 18, 12)
-ALL = Slicing(window=WINDOW, min_area_mm2=0.0, max_slices=99)
 NAMES = {1: "Tumour", 2: "Core_part"}
-
-
-def imported(root: Path, out: Path | None = None, **options: Any) -> tuple[ImportReport, LesionSet]:
-    destination = out or root.parent / "out"
-    usual = {"anatomy": "abdomen", "slicing": ALL, "salt": "pepper", "describe": lambda *_: "", "progress": False}
-    report = import_set(root, destination, **{**usual, **options})
-    return report, LesionSet.open(destination)
-
-
-def rows_of(lesion_set: LesionSet, category: str) -> dict[int, Sample]:
-    """Rows of one category by the number of their slice."""
-    return {
-        int(Path(row.file_name).stem.rsplit("_", 1)[1]): row for row in lesion_set.samples if row.category == category
-    }
+imported, refusal = partial(scans.imported, salt="pepper"), partial(scans.refusal, salt="pepper")
 
 
 def frames(laid: Laid) -> np.ndarray:
@@ -281,15 +268,6 @@ def clip_mask(clip: Dataset, labels: np.ndarray, frame: int) -> Dataset:
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
-
-
-def refusal(root: Path, **options: Any) -> str:
-    before = sorted(root.parent.rglob("*"))
-    with pytest.raises(CoreSegError) as caught:
-        imported(root, root.parent / "refused", **options)
-    assert sorted(root.parent.rglob("*")) == before  # nothing left behind
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
-    return str(caught.value)
 
 
 def test_no_segmentation_and_no_dicom(tmp_path: Path, laid: Laid) -> None:

@@ -13,30 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scans import DARK, WINDOW, Laid, contents, lay, write_nnunet
+from scans import ALL, DARK, WINDOW, Laid, contents, imported, lay, refusal, rows_of, write_nnunet
 
-from coreseg.data.sources import ImportReport, import_set
-from coreseg.data.store import LesionSet
 from coreseg.data.volumes import Slicing
-from coreseg.errors import ConfigError, CoreSegError, MissingExtraError
-from coreseg.types import Sample
+from coreseg.errors import ConfigError, MissingExtraError
 
 SHAPE = (14, 18, 12)
-ALL = Slicing(window=WINDOW, min_area_mm2=0.0, max_slices=99)
-
-
-def imported(root: Path, out: Path | None = None, **options: Any) -> tuple[ImportReport, LesionSet]:
-    destination = out or root.parent / "out"
-    usual = {"anatomy": "abdomen", "slicing": ALL, "describe": lambda *_: "", "progress": False}
-    report = import_set(root, destination, **{**usual, **options})
-    return report, LesionSet.open(destination)
-
-
-def rows_of(lesion_set: LesionSet, category: str) -> dict[int, Sample]:
-    """Rows of one category by the number of their slice."""
-    return {
-        int(Path(row.file_name).stem.rsplit("_", 1)[1]): row for row in lesion_set.samples if row.category == category
-    }
 
 
 def assert_on_the_bright_pixels(image: np.ndarray, mask: np.ndarray) -> None:
@@ -262,15 +244,6 @@ def test_memory_stays_flat_over_volumes(two: Path) -> None:
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
-
-
-def refusal(root: Path, **options: Any) -> str:
-    before = sorted(root.parent.rglob("*"))
-    with pytest.raises(CoreSegError) as caught:
-        imported(root, root.parent / "refused", **options)
-    assert sorted(root.parent.rglob("*")) == before  # nothing left behind
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
-    return str(caught.value)
 
 
 def without(keys: dict[str, Any], *names: str) -> dict[str, Any]:

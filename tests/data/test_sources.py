@@ -405,6 +405,7 @@ def test_wrong_layouts_and_missing_facts(plain: Path, tmp_path: Path) -> None:
     assert "from 0 to under 1" in refusal(plain, val_share=1.5)
     assert "group" in refusal(plain, case_pattern="P.*")
     assert "regular expression" in refusal(plain, case_pattern="P(")
+    assert "no picture's name" in refusal(plain, case_pattern=r"^patient(\d)"), "or patients would cross splits unseen"
     (plain / "set.json").write_text("{")
     assert "not JSON" in refusal(plain)
     (plain / "set.json").unlink()

@@ -189,7 +189,7 @@ def import_set(
             found = find_series(source, facts, name, table, slicing, salt)
     read_as = f"{form}, for its {sign}; --form says otherwise" if sign else form
     describe = describe or _measured_description()
-    return _import(source, destination, read_as, found, val_share, seed, together, describe, progress)
+    return _import(source, destination, read_as, found, val_share, seed, together, case_pattern, describe, progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +234,7 @@ def _import(
     val_share: float,
     seed: int,
     together: bool,
+    case_pattern: str | None,
     describe: Describe,
     progress: bool,
 ) -> ImportReport:
@@ -251,6 +252,11 @@ def _import(
         refused += writer.refused
         if not written:
             raise DataError(_nothing_imported(source, found, refused, remarks))
+        if case_pattern and not any(sample.case for sample in written):
+            raise ConfigError(
+                f"The case pattern {case_pattern!r} finds a patient in no picture's name, such as "
+                f"{Path(written[0].file_name).stem!r} (which has the set's name in front). Correct it, or leave it out."
+            )
         drawn = with_splits(written, writer.prints, val_share, seed)
         write_set(staging, drawn.samples)
         _write_sources(staging, found)

@@ -81,6 +81,7 @@ _TELLTALES = tuple(
         # T1, L4 and the like are names.
         ("coordinates", "a number in digits", r"(?<![A-Za-z\d])\d\S*|%"),
         ("coordinates", "a word of coordinates", r"\b(?:coordinates?|pixels?|px|bounding box(?:es)?|[xy][- ]axis)\b"),
+        ("coordinates", "a length", r"\b(?:(?:centi|milli)met(?:re|er)|inche?)s?\b|\b(?:cm|mm)\b"),
         (
             "marking",
             "a word of the drawn line",
@@ -90,7 +91,8 @@ _TELLTALES = tuple(
         (
             "sides",
             "a side of the patient",
-            r"\bpatient'?s (?:own )?(?:left|right)\b|\banatomical(?:ly)? (?:left|right)",
+            r"\bpatient'?s (?:own )?(?:left|right)\b|\banatomical(?:ly)? (?:left|right)|"
+            r"\b(?:left|right)(?:[ -]hand)?(?: side)? of the patient\b",
         ),
     )
 )
@@ -139,10 +141,11 @@ def pixel_faults(text: str, facts: Facts) -> list[Fault]:
     sentences = [sentence.strip() for sentence in re.findall(r"[^.;:!?\n]+", text)]
     faults = []
     for found in contradictions(text, facts.true):
-        for value in sorted(found.stated - found.measured):
-            told = next((sentence for sentence in sentences if value in find(found.kind, sentence)), text)
+        for value in sorted(found.wrong):
+            says = (sentence for sentence in sentences if value in find(found.kind, sentence, denied=found.denied))
+            told, said = next(says, text), f"not {value}" if found.denied else value
             measured = facts.measured.get(found.kind, "no lesion")
-            faults.append(Fault("pixels", f'{found.kind}: "{told}" says {value}; measured on the mask: {measured}'))
+            faults.append(Fault("pixels", f'{found.kind}: "{told}" says {said}; measured on the mask: {measured}'))
     return faults
 
 
