@@ -24,7 +24,9 @@ LEVELS = (
     {"model"},
     {"segmenter", "outputs"},
     {"data", "train", "evaluate", "serve"},
-    {"cli", "testing", "testing_models"},
+    {"cli_options", "testing", "testing_models"},
+    {"cli_data"},
+    {"cli"},
 )
 KNOWN = frozenset[str]().union(*LEVELS)
 # (importer, imported) on one line.

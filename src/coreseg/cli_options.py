@@ -1,0 +1,45 @@
+"""What commands share: options, and how a user's mistake is told."""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coreseg.errors import CoreSegError
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model", help="'nano', 'nano-sft' (before stage 2), a checkpoint or run folder, or a hub name OWNER/NAME."
+    ),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1…; default: a GPU if there is one.")
+]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU, else bfloat16.")
+]
+
+ConfigArgument = Annotated[Path, typer.Argument(help="TOML file of settings (see recipes/).")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one setting.")]
+
+
+def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """A user's mistake, a folder that cannot be written included, is one line on standard error and exit code 2."""
+
+    @wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except CoreSegError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            typer.echo(f"error: {error.filename}: {error.strerror}. Check the path and its permissions.", err=True)
+            raise typer.Exit(2) from error
+
+    return guarded
