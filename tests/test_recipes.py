@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from coreseg.config import GrpoConfig, SftConfig, load
+from coreseg.data.build.build import BuildConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -20,7 +21,8 @@ def named(path: Path) -> str:
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*/*.toml")), ids=named)
 def test_settings_are_valid(recipe: Path) -> None:
-    load(GrpoConfig if "grpo" in recipe.stem else SftConfig, recipe)
+    kind = BuildConfig if recipe.parent.name == "data" else GrpoConfig if "grpo" in recipe.stem else SftConfig
+    load(kind, recipe)
 
 
 SCRIPTS = [path for path in sorted(RECIPES.rglob("*.py")) if "from coreseg" in path.read_text(encoding="utf-8")]

@@ -360,11 +360,13 @@ def data_build(config: ConfigArgument, overrides: SetOption = None) -> None:
     from coreseg.config import load
     from coreseg.data.build.build import BuildConfig, build
 
-    settings = load(BuildConfig, config, overrides or [])
-    train: Any = None
+    settings, progress = load(BuildConfig, config, overrides or []), sys.stderr.isatty()
     if settings.filter and not settings.filter.proxy:
-        from coreseg.train.baselines import train_fold
+        from coreseg.train.baselines import fold_runner, train_fold
 
-        train = train_fold
-    out = build(settings, train, progress=sys.stderr.isatty())
+        train = partial(train_fold, progress=progress and settings.jobs == 1)
+        with fold_runner(settings.jobs) as run:
+            out = build(settings, train, run if settings.jobs > 1 else None, progress=progress)
+    else:
+        out = build(settings, progress=progress)
     typer.echo(f"{out / 'set'}: built; look at {out / 'card.html'}")

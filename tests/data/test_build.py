@@ -75,6 +75,11 @@ def test_a_finished_build_is_not_done_twice(source: Path, tmp_path: Path, monkey
         build(replace(config, review=False), progress=False)
 
 
+def test_a_cluster_counts_its_processors_itself(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="setting jobs is 2"):
+        config_for(source, tmp_path / "out", engine="ray", jobs=2)
+
+
 def test_a_build_that_died_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_for(source, tmp_path / "out")
     whole = files(build(replace(config, out=str(tmp_path / "whole")), progress=False))

@@ -29,7 +29,7 @@ from coreseg.data.build.card import Rejected, Stage, write_card
 from coreseg.data.build.engine import ENGINES
 from coreseg.data.build.filter import SUMMARY, filter_set
 from coreseg.data.build.run import REPORT, SET_ASIDE, describe_set, review_set
-from coreseg.data.build.scores import FilterSettings, TrainFold
+from coreseg.data.build.scores import FilterSettings, RunFolds, TrainFold
 from coreseg.data.build.settings import TeacherConfig
 from coreseg.data.manifest import write_manifest
 from coreseg.data.sources import ImportSettings, recognise
@@ -49,7 +49,7 @@ class BuildConfig:
     describe: a table with [describe.teacher] and, at will, [describe.judge], see `TeacherConfig`: a teacher writes the
     reasoning. Without it that of the data set stays, by default the measured description.
     review: check every row's reasoning at the end: form, pixels and, where `describe` names one, the judge.
-    engine: "here", or "ray" for a cluster.
+    engine: "here", or "ray" for a cluster.                 jobs: models that the filter trains at a time, here.
     """
 
     out: str
@@ -59,9 +59,12 @@ class BuildConfig:
     describe: TeacherConfig | None = None
     review: bool = True
     engine: str = "here"
+    jobs: int = 1
 
     def __post_init__(self) -> None:
         require(self.engine in ENGINES, "engine", self.engine, " or ".join(ENGINES))
+        require(self.jobs >= 1, "jobs", self.jobs, "1 or more")
+        require(self.jobs == 1 or self.engine == "here", "jobs", self.jobs, "1: a cluster takes all processors it has")
         one = (self.data is None) != (self.import_ is None)
         require(one, "data", self.data, "a data set to start from, or a table [import], and not both")
 
@@ -72,8 +75,16 @@ class BuildConfig:
         return tuple(name for name, asked_for in wanted.items() if asked_for)
 
 
-def build(config: BuildConfig, train_fold: TrainFold | None = None, *, progress: bool = True) -> Path:
+def build(
+    config: BuildConfig,
+    train_fold: TrainFold | None = None,
+    run_folds: RunFolds | None = None,
+    *,
+    progress: bool = True,
+) -> Path:
     """Run what is missing of a build and return its folder. A filter that trains needs `train_fold` (see `filter_set`).
+
+    run_folds: see `filter_set` too; by default it is the engine's.
 
     Raises ConfigError where the folder holds a build with other settings, DataError where it holds something else, and
     what the stages raise; what is finished stays. Before anything is, other settings may follow those that failed.
@@ -90,7 +101,7 @@ def build(config: BuildConfig, train_fold: TrainFold | None = None, *, progress:
         folder = out / "stages" / name
         if not folder.exists():
             folder.parent.mkdir(exist_ok=True)
-            _run(name, config, train_fold, before, folder, progress)
+            _run(name, config, train_fold, run_folds, before, folder, progress)
         after = LesionSet.open(folder)
         told.append(Stage(name, len(before.samples), len(after.samples), _facts(folder)))
         rejected += _set_aside(before, folder)
@@ -157,12 +168,18 @@ def _imported(lesions: LesionSet) -> Stage:
 
 
 def _run(
-    name: str, config: BuildConfig, train_fold: TrainFold | None, before: LesionSet, folder: Path, progress: bool
+    name: str,
+    config: BuildConfig,
+    train_fold: TrainFold | None,
+    run_folds: RunFolds | None,
+    before: LesionSet,
+    folder: Path,
+    progress: bool,
 ) -> None:
     engine = ENGINES[config.engine]
     if name == "filter":
         assert config.filter
-        filter_set(before, folder, config.filter, train_fold, run=engine.map, progress=progress)
+        filter_set(before, folder, config.filter, train_fold, run=run_folds or engine.map, progress=progress)
     elif name == "describe":
         describe_set(before, folder, config.describe, engine=engine, progress=progress)
     else:
