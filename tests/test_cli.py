@@ -235,7 +235,11 @@ def test_merge_writes_down_what_a_model_was_trained_on(tmp_path: Path) -> None:
     assert "no metadata.jsonl" in complaint(run("merge", "nano", "new", "--scope", "nosuch"))
     assert not Path("new").exists(), "looked at before anything is written"
     assert run("merge", "nano", "new", "--scope", phantoms).exit_code == 0
-    scope = Scope.load("new")
+    scope, kept = Scope.load("new"), run("merge", "nano", "kept", "--dtype", "float32")
+    assert kept.exit_code == 0 and Scope.load("kept") is not None, "the one it has goes along"
+    few = write_phantom_set(tmp_path / "few", count=4, seed=0, size_wh=(48, 40))
+    assert "only one training picture" in complaint(run("merge", "nano", "other", "--scope", few))
+    assert not Path("other").exists()
     assert scope is not None and {kind.categories for kind in scope.kinds} == {("cyst", "nodule")}
 
 

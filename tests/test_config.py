@@ -64,6 +64,7 @@ def test_weights_by_source(file: Path) -> None:
     [
         ("step=1", "unknown setting 'step'; did you mean 'steps'"),
         ("zzz=1", "unknown setting 'zzz'; known settings: model, data"),
+        ("group_size=4", "'group_size' is a setting of `coreseg train grpo`"),
         ("steps", "expected KEY=VALUE"),
         ("steps=many", "setting 'steps' is 'many'; expected a whole number"),
         ("steps=1.5", "expected a whole number"),

@@ -142,7 +142,7 @@ def test_what_the_model_is_given(segmenter: Segmenter, picture: np.ndarray) -> N
 
 def test_warnings_of_the_scope_stand_in_the_result(picture: np.ndarray) -> None:
     kind = Kind("mri", "head", ("stroke",))
-    scope = Scope((kind,), torch.zeros(1, 2), torch.eye(2), limit=1.0)
+    scope = Scope((kind,), torch.zeros(1, 2), torch.ones(2), torch.eye(2), limit=1.0)
     first, second = Segmenter(FakeModel(), FakeProcessor(), scope).segment_batch([picture] * 2, ["half", "mumble"])
     assert first.warnings == ("this model was never trained on tumor; it knows stroke",)
     assert second.warnings == (), "nothing to be said of no answer"

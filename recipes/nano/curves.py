@@ -43,9 +43,9 @@ def draw(arms: Mapping[str, Sequence[dict[str, Curve]]], out: Path) -> None:
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.2))
     for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
         for arm, runs in arms.items():
-            length = min(len(run[name][0]) for run in runs)
-            steps = runs[0][name][0][:length]
-            values = np.array([run[name][1][:length] for run in runs])
+            # Time ends the runs, so the last step is another one in each.
+            steps = [step for step in runs[0][name][0] if step <= min(run[name][0][-1] for run in runs)]
+            values = np.array([np.interp(steps, *run[name]) for run in runs])
             (line,) = axis.plot(steps, values.mean(axis=0), label=f"{arm} ({len(runs)})")
             axis.fill_between(steps, values.min(axis=0), values.max(axis=0), alpha=0.2, color=line.get_color())
         axis.set_title(title, fontsize=9)

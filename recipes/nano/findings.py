@@ -10,13 +10,14 @@ interval lies on its side of 0, *contradicted at this size* where it lies on the
 
 import argparse
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coreseg.evaluate.compare import Run, compare, matched, read_side
+from coreseg.errors import CoreSegError
+from coreseg.evaluate.compare import Run, compare, matched, read_side, training_noise
 from coreseg.evaluate.records import summarise
 
 FIGURES = {
@@ -31,7 +32,7 @@ FIGURES = {
 }
 CLAIMS = {
     "stage 2 beats going on with stage 1": ("sft", "grpo"),
-    "the rewards earn it, not the mask loss alone": ("no-advantage", "grpo"),
+    "the rewards earn it, not the mask loss (without KL) alone": ("no-advantage", "grpo"),
     "the mask loss is needed beside the rewards": ("no-mask-loss", "grpo"),
     "rewards alone beat going on with stage 1": ("sft", "no-mask-loss"),
 }
@@ -56,20 +57,40 @@ def evaluations(folder: Path) -> dict[str, list[Path]]:
 
 
 def row(name: str, runs: Sequence[Run]) -> str:
-    """An arm's line of the table."""
+    """An arm's line of the table; "-" for what was not asked."""
     summaries: list[dict[str, Any]] = [summarise(run.records) for run in runs]
     cells = []
     for block, figure in FIGURES.values():
-        values = [summary[block][figure]["mean"] for summary in summaries]
+        figures = [(summary[block] or {}).get(figure) for summary in summaries]
+        values = [each["mean"] for each in figures if each]
         spread = f" [{min(values):.1f}, {max(values):.1f}]" if len(values) > 1 else ""
-        cells.append(f"{np.mean(values):.1f}{spread}")
+        cells.append(f"{np.mean(values):.1f}{spread}" if values else "-")
     return f"| {name} ({len(runs)}) | " + " | ".join(cells) + " |"
 
 
-def told(name: str, figures: dict[str, Any]) -> str:
-    """One difference in words."""
+def told(name: str, figures: dict[str, Any], seeds: int) -> str:
+    """One difference in words. Of one seed a side no verdict on a training is to be had."""
     span = f"{figures['difference']:+.1f} [{figures['low']:+.1f}, {figures['high']:+.1f}]"
-    return f"| {name} | {span} | {VERDICTS[figures['verdict']]} |"
+    verdict = VERDICTS[figures["verdict"]] if seeds > 1 else f"{figures['verdict']}, of these two checkpoints"
+    return f"| {name} | {span} | {verdict} |"
+
+
+def findings(folder: Path, start: Path | None) -> Iterator[str]:
+    """The tables, line by line. Raises CoreSegError for evaluations that do not belong together."""
+    arms = {name: read_side(name, folders) for name, folders in evaluations(folder).items()}
+    matched([run for runs in arms.values() for run in runs], [])  # none is unfinished, and all were asked the same
+    yield "| arm (seeds) | " + " | ".join(FIGURES) + " |\n" + "|---" * (len(FIGURES) + 1) + "|"
+    if start:
+        yield row("start", read_side("start", [start]))
+    for name, runs in arms.items():
+        yield row(name, runs)
+    for claim, (a, b) in CLAIMS.items():
+        if a in arms and b in arms:
+            compared, seeds = compare(matched(arms[a], arms[b])), (len(arms[a]), len(arms[b]))
+            yield f"\n**{claim}** ({b} less {a}). {training_noise(*seeds)}\n\n| | difference | verdict |\n|---|---|---|"
+            for name, (block, figure) in DIFFERENCES.items():
+                if compared[block]:
+                    yield told(name, compared[block][figure], min(seeds))
 
 
 if __name__ == "__main__":
@@ -77,15 +98,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--start", type=Path)
     options = parser.parse_args()
-    arms = {name: read_side(name, folders) for name, folders in evaluations(options.folder).items()}
-    print("| arm (seeds) | " + " | ".join(FIGURES) + " |\n" + "|---" * (len(FIGURES) + 1) + "|")
-    if options.start:
-        print(row("start", read_side("start", [options.start])))
-    for name, runs in arms.items():
-        print(row(name, runs))
-    for claim, (a, b) in CLAIMS.items():
-        if a in arms and b in arms:
-            compared = compare(matched(arms[a], arms[b]))
-            print(f"\n**{claim}** ({b} less {a})\n\n| | difference | verdict |\n|---|---|---|")
-            for name, (block, figure) in DIFFERENCES.items():
-                print(told(name, compared[block][figure]))
+    try:
+        print("\n".join(findings(options.folder, options.start)))
+    except CoreSegError as error:
+        parser.error(str(error))

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -363,13 +364,12 @@ def merge(
     from coreseg.data.store import LesionSet
     from coreseg.model.assemble import export
 
-    sets = [LesionSet.open(path) for path in scope or []]
-    export(run, out, dtype, shard_size)
-    if sets:
-        from coreseg.model.assemble import load_parts
+    fit = None
+    if scope:
         from coreseg.train.scope import fit_scope
 
-        fit_scope(*load_parts(out), sets, progress=sys.stderr.isatty()).save(out)
+        fit = partial(fit_scope, sets=[LesionSet.open(path) for path in scope], progress=sys.stderr.isatty())
+    export(run, out, dtype, shard_size, fit)
     typer.echo(f"{out}: written; try: coreseg segment IMAGE QUESTION --model {out}")
 
 

@@ -250,6 +250,10 @@ def build(kind: type[Table], values: Mapping[str, Any], where: str) -> Table:
     hints = {_key(name): hint for name, hint in typing.get_type_hints(kind).items()}
     for key in values:
         if key not in hints:
+            if stage := _stage_of(key, kind):
+                raise ConfigError(
+                    f"{where}: {key!r} is a setting of `coreseg train {stage}`; give the file of this stage"
+                )
             near = difflib.get_close_matches(key, hints, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(hints)}"
             raise ConfigError(f"{where}: unknown setting {key!r}; {hint}")
@@ -263,6 +267,13 @@ def build(kind: type[Table], values: Mapping[str, Any], where: str) -> Table:
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} missing; give it in the file or with --set")
     return kind(**{f"{key}_" if iskeyword(key) else key: value for key, value in checked.items()})
+
+
+def _stage_of(key: str, kind: Any) -> str | None:
+    """The other stage that knows a setting which this stage does not."""
+    stages = {"sft": SftConfig, "grpo": GrpoConfig}
+    others = {name: stage for name, stage in stages.items() if kind in stages.values() and stage is not kind}
+    return next((name for name, stage in others.items() if key in typing.get_type_hints(stage)), None)
 
 
 def _key(name: str) -> str:

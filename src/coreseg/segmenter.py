@@ -13,7 +13,7 @@ from PIL import Image
 from coreseg.answer import answer_sentence, check_question, check_reasoning, forced, parse
 from coreseg.errors import InputError
 from coreseg.imaging import read_image
-from coreseg.model.assemble import DTYPES, EMBEDDED, EMBEDDED_SFT, find_checkpoint, load_parts
+from coreseg.model.assemble import DTYPES, EMBEDDED, load_parts, scope_of
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import AnswerConstraint, CoreSegProcessor
 from coreseg.model.scope import Scope, texture
@@ -56,9 +56,7 @@ class Segmenter:
             raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
         model, processor = load_parts(name_or_path, DTYPES[dtype])
         model.to(device=place)  # type: ignore[call-arg]
-        # The state before stage 2 has seen the same pictures, through the same image encoder.
-        own = EMBEDDED if str(name_or_path) == EMBEDDED_SFT else name_or_path
-        return cls(model, processor, Scope.load(find_checkpoint(own)))
+        return cls(model, processor, scope_of(name_or_path))
 
     def segment(self, image: Source, question: str, *, constrained: bool = True) -> Result:
         """Answer one question about one picture (a path, an array, or a PIL image). The same answer every time.
@@ -129,7 +127,7 @@ class Segmenter:
         if self.scope is None:
             return results
         return [
-            replace(result, warnings=self.scope.warnings(seen, question, parse(result.text)))
+            replace(result, warnings=self.scope.warnings(seen, question, parse(result.text) if result.valid else None))
             for result, seen, question in zip(results, texture(maps).cpu(), questions, strict=True)
         ]
 

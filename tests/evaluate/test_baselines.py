@@ -80,6 +80,14 @@ def test_it_says_what_the_training_texts_of_the_category_say_most(lesion_set: Le
     assert "edge" not in stated, "no text of training says anything of it"
 
 
+def test_its_settings_tell_what_it_learned_from(lesion_set: LesionSet) -> None:
+    before = BlindBaseline.fit(lesion_set).settings
+    assert BlindBaseline.fit(lesion_set).settings == before
+    mask = lesion_set.root / lesion_set.split("train")[0].mask_file_name
+    mask.write_bytes((lesion_set.root / lesion_set.split("train")[1].mask_file_name).read_bytes())
+    assert BlindBaseline.fit(lesion_set).settings != before, "or a stopped run would go on with old answers"
+
+
 def test_a_set_without_lesions_cannot_be_fitted(lesion_set: LesionSet) -> None:
     with pytest.raises(DataError, match="no lesion in split 'test'"):
         BlindBaseline.fit(lesion_set, split="test")

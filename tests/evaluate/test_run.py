@@ -314,7 +314,7 @@ def test_statements_are_held_against_the_reference_and_the_answers_own_mask(made
     def says(side: str, true: str, own: str) -> Record:
         answer = Answer("cyst", ((0, 0, 1, 1),), f"An area lies on the {side} side of the image.", found=True)
         words = {"count": ["one"], "side": [true]}
-        return made(text=render(answer), true_words=words, own_words={"side": [own, "centre"]})
+        return made(text=render(answer), reference_words=words, mask_words={"side": [own, "centre"]})
 
     rows = [says("left", "left", "left"), says("left", "left", "right"), says("left", "left", "left")]
     told = summarise([*rows, says("left", "right", "left")])["statements"]
@@ -325,6 +325,8 @@ def test_statements_are_held_against_the_reference_and_the_answers_own_mask(made
     assert side["own"]["mean"] == pytest.approx(50.0), "right of the three that lie left, wrong of the one"
     assert told["by"]["count"] == {"n": 0, "stated": 0.0, "balanced": None, "own": None}
     assert told["by"]["edge"]["stated"] is None, "of none of them can it be measured"
+    malformed = replace(rows[0], valid=False)
+    assert summarise([malformed])["statements"]["kinds"] == 0.0, "an answer without form states nothing"
     assert summarise([made()])["statements"] is None, "records that do not know what is true"
 
 

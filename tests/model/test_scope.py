@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from coreseg import nano as nano_package
 from coreseg.data.store import LesionSet
-from coreseg.errors import DataError
+from coreseg.errors import DataError, ModelError
 from coreseg.evaluate.predictors import weights_digest
 from coreseg.model.scope import Kind, Scope, kinds_of, names_any
 from coreseg.segmenter import Segmenter
@@ -58,7 +58,7 @@ def test_an_unlike_picture_is_said_to_be_one(scope: Scope) -> None:
 
 
 def test_a_question_that_belongs_to_another_kind_of_picture(scope: Scope) -> None:
-    of_eye = scope.centres[0] @ torch.linalg.inv(scope.whitening)
+    of_eye = scope.centres[0] @ torch.linalg.inv(scope.whitening) * scope.scale
     (told,) = scope.warnings(of_eye, "Is there a brain tumor?", about("brain tumor"))
     like = "the picture looks like fundus photography of the eye"
     assert told == f"{like}, where this model knows retinal exudate but no brain tumor"
@@ -66,7 +66,7 @@ def test_a_question_that_belongs_to_another_kind_of_picture(scope: Scope) -> Non
 
 
 def test_an_unknown_lesion(scope: Scope) -> None:
-    of_head = scope.centres[1] @ torch.linalg.inv(scope.whitening)
+    of_head = scope.centres[1] @ torch.linalg.inv(scope.whitening) * scope.scale
     (told,) = scope.warnings(of_head, "Where is the cat?", about("cat"))
     assert told == "this model was never trained on cat; it knows brain tumor, retinal exudate and stroke"
     (told,) = scope.warnings(of_head, "Where is the cat?", about("stroke"))
@@ -90,6 +90,28 @@ def test_lesions_are_named_by_lay_words_and_with_errors(question: str, named: bo
     assert names_any(question, ["brain tumor", "ischemic stroke lesion"]) == named
 
 
+@pytest.mark.parametrize("name", ["AVM", "CMB", "skin", "肺结节", "cyst"])
+def test_a_name_that_stands_there_is_named_whatever_it_is(name: str) -> None:
+    assert names_any(f"where is the {name.lower()}?", [name])
+
+
+def test_textures_that_hardly_vary_weigh_hardly_anything(tmp_path: Path) -> None:
+    textures = cloud(0.0) * 1e-6
+    textures[:, 3] = 0.0
+    Scope.fit(textures, [str(HEAD)] * 400, [HEAD]).save(tmp_path)
+    again = Scope.load(tmp_path)
+    assert again is not None and again.distances(textures).isfinite().all()
+    within = (again.distances(textures).amin(1) <= again.limit).float().mean()
+    assert 0.97 < within < 1.0
+    assert again.warnings(textures[0] + 1.0, "tumor", about("brain tumor")), "and what is far stays far"
+
+
+def test_a_damaged_one_is_a_clear_error(scope: Scope, tmp_path: Path) -> None:
+    (tmp_path / "scope.safetensors").write_bytes(b"oops")
+    with pytest.raises(ModelError, match="damaged"):
+        Scope.load(tmp_path)
+
+
 def test_it_comes_back_from_disk(scope: Scope, tmp_path: Path) -> None:
     assert Scope.load(tmp_path) is None, "a checkpoint without one never warns"
     scope.save(tmp_path)
@@ -105,6 +127,9 @@ def test_it_is_fitted_on_the_training_pictures_of_a_set(nano: Segmenter, tmp_pat
     rows = tuple(replace(sample, modality="mri", anatomy="head") for sample in train)
     fitted = fit_scope(nano.model, nano.processor, [LesionSet(lesions.root, rows)], progress=False)
     assert fitted.kinds == tuple(kinds_of(rows)) and len(fitted.kinds) == 1
+    both = tuple(replace(sample, anatomy="neck", category="cyst of the neck") for sample in rows)
+    twice = fit_scope(nano.model, nano.processor, [LesionSet(lesions.root, rows + both)], progress=False)
+    assert len(twice.kinds) == 2 and twice.centres.isfinite().all(), "a picture may be of two kinds"
     one = LesionSet(
         lesions.root, (*rows, replace(train[0], file_name=lesions.split("val")[0].file_name, modality="ct"))
     )

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from coreseg.config import SftConfig
+from coreseg.data.store import LesionSet, copy_rows, new_set, write_set
 from coreseg.errors import ConfigError, DataError, ModelError
+from coreseg.imaging import write_mask
 from coreseg.model.assemble import load_parts
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import CoreSegProcessor
@@ -252,6 +255,43 @@ def test_a_checkpoint_of_another_model_is_refused(nano: Path, phantoms: Path, tm
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"does not fit the model .adapter\.pool\.queries, for one"):
         train_sft(config)
+
+
+def without_lesions(phantoms: Path, out: Path, split: str) -> Path:
+    """The phantoms with empty masks in one split."""
+    lesions = LesionSet.open(phantoms)
+    with new_set(out) as root:
+        copy_rows(lesions, lesions.samples, root)
+        for sample in lesions.split(split):
+            mask = root / sample.mask_file_name
+            empty = np.zeros_like(lesions.mask(sample))
+            mask.unlink()  # a hard link to the other set's
+            write_mask(mask, empty)
+        write_set(root, [replace(s, boxes=()) if s.split == split else s for s in lesions.samples])
+    return out
+
+
+def test_validation_rows_without_a_lesion_choose_nothing(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    data = without_lesions(phantoms, tmp_path / "data", "val")
+    run = train_sft(settings(nano, data, tmp_path / "run", steps=2, eval_every=1, eval_samples=2))
+    looks = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    assert [set(look) for look in looks] == [{"step", "cpu_minutes", "valid"}] * 2
+    best, last = (load_file(run / name / "model.safetensors") for name in ("best", "checkpoint-2"))
+    assert all(torch.equal(best[name], tensor) for name, tensor in last.items() if name in best), (
+        "the last state is kept"
+    )
+
+
+def test_a_fresh_adapter_wants_lesions(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    data = without_lesions(phantoms, tmp_path / "data", "train")
+    with pytest.raises(DataError, match="fresh adapter"):
+        train_sft(settings(nano, data, tmp_path / "run", steps=1, fresh_adapter=True))
+
+
+def test_rows_that_are_never_drawn_are_refused(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    sources = {sample.source: 0.0 for sample in LesionSet.open(phantoms).samples}
+    with pytest.raises(DataError, match="source_weights"):
+        train_sft(settings(nano, phantoms, tmp_path / "run", source_weights=sources))
 
 
 def test_a_set_without_training_rows_is_refused(nano: Path, phantoms: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import compress
 from typing import Any
 
@@ -66,14 +67,15 @@ class BlindBaseline:
         texts = [sample.reasoning for sample in rows]
         categories = [sample.category for sample in rows]
         of_category = {name: np.array([each == name for each in categories]) for name in sorted(set(categories))}
-        return cls(
-            {
-                name: _guess(shares[of_it], boxes[of_it], list(compress(texts, of_it)))
-                for name, of_it in of_category.items()
-            },
-            _guess(shares, boxes, texts),
-            {"split": split, "rows": len(rows), "words": "commonest"},
-        )
+        guesses = {
+            name: _guess(shares[of_it], boxes[of_it], list(compress(texts, of_it)))
+            for name, of_it in of_category.items()
+        }
+        overall = _guess(shares, boxes, texts)
+        # An answer must not outlive the rows that it was learned from.
+        learned = sha256(repr([(name, guess.words) for name, guess in guesses.items()]).encode())
+        learned.update(shares.tobytes() + boxes.tobytes())
+        return cls(guesses, overall, {"split": split, "rows": len(rows), "learned": learned.hexdigest()[:16]})
 
     def predict(self, samples: Sequence[Sample], images: Images, questions: Sequence[str]) -> Sequence[Result]:
         """See `coreseg.evaluate.Predictor`; of the samples only what kind of picture and lesion it is is used."""

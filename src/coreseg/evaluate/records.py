@@ -33,8 +33,8 @@ class Record:
     whole_dice: attribute questions only: what the reference mask of the whole category scores against the asked one.
     plain_dice: attribute questions only: the same of the mask that this predictor gave to the plain question.
     other_dice: where the same image also shows another category: Dice of the answered mask with that one's lesions.
-    true_words, own_words: of each kind of statement that can be measured on the asked mask, and on the answered one,
-    the measured value and after it the others that count as true; None in records of earlier versions.
+    reference_words, mask_words: of each kind of statement that can be measured on the asked mask, and on the answered
+    one, the measured value and after it the others that count as true; None in records of earlier versions.
     """
 
     file_name: str
@@ -60,8 +60,8 @@ class Record:
     whole_dice: float | None = None
     plain_dice: float | None = None
     other_dice: float | None = None
-    true_words: Mapping[str, Sequence[str]] | None = None
-    own_words: Mapping[str, Sequence[str]] | None = None
+    reference_words: Mapping[str, Sequence[str]] | None = None
+    mask_words: Mapping[str, Sequence[str]] | None = None
 
     @property
     def drawn_with(self) -> str:
@@ -134,7 +134,7 @@ def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, Any]:
         "presence": _presence(lesion, [record for record in plain if record.lesion_share == 0], seed),
         "pairs": _pairs([record for record in lesion if record.other_dice is not None], seed),
         "attributes": _attributes([record for record in records if record.attribute], seed),
-        "statements": _statements([record for record in lesion if record.true_words is not None], seed),
+        "statements": _statements([record for record in lesion if record.reference_words is not None], seed),
         "seconds_median": median(record.seconds for record in plain) if plain else None,
     }
 
@@ -209,12 +209,13 @@ def _statements(records: Sequence[Record], seed: int) -> dict[str, Any] | None:
     """
     if not records:
         return None
-    stated = [find_all(answer.reasoning) if (answer := parse(record.text)) else {} for record in records]
+    parsed = [parse(record.text) if record.valid else None for record in records]
+    stated = [find_all(answer.reasoning) if answer else {} for answer in parsed]
     told = list(zip(records, stated, strict=True))
     by = {}
     for kind in KINDS:
-        true = [(record, said.get(kind), (record.true_words or {}).get(kind)) for record, said in told]
-        own = [(record, said.get(kind), (record.own_words or {}).get(kind)) for record, said in told]
+        true = [(record, said.get(kind), (record.reference_words or {}).get(kind)) for record, said in told]
+        own = [(record, said.get(kind), (record.mask_words or {}).get(kind)) for record, said in told]
         measurable = sum(bool(words) for _, _, words in true)
         spoken = [(record, said, words) for record, said, words in true if said and words]
         by[kind] = {

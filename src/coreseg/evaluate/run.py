@@ -238,8 +238,8 @@ def scored(
         whole_dice=dice(whole, ask.reference) if ask.attribute else None,
         plain_dice=dice(plain_mask, ask.reference) if ask.attribute else None,
         other_dice=None if ask.other is None else dice(mask, ask.other),
-        true_words=_true_words(ask.image, ask.reference),
-        own_words=_true_words(ask.image, mask),
+        reference_words=_true_words(ask.image, ask.reference),
+        mask_words=_true_words(ask.image, mask),
     )
 
 

@@ -1,5 +1,6 @@
 """Joining a reasoner and a segmenter into a CORE-Seg, and finding and loading one."""
 
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from coreseg.answer import SEG_TOKEN
 from coreseg.errors import ModelError
 from coreseg.model.core_seg import SEGMENTER_FAMILY, CoreSeg, CoreSegConfig, Probe, fresh_adapter
 from coreseg.model.processor import CoreSegProcessor
+from coreseg.model.scope import Scope
 
 EMBEDDED = "nano"
 EMBEDDED_SFT = "nano-sft"
@@ -186,14 +188,30 @@ def _first(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def export(run: str | Path, out: Path, dtype: str = "bfloat16", shard_size: str = "5GB") -> None:
+def scope_of(name_or_path: str | Path) -> Scope | None:
+    """What a checkpoint says that it was trained on, if it does. Raises ModelError where there is no such model."""
+    # The state before stage 2 has seen the same pictures, through the same image encoder.
+    return Scope.load(find_checkpoint(EMBEDDED if str(name_or_path) == EMBEDDED_SFT else name_or_path))
+
+
+def export(
+    run: str | Path,
+    out: Path,
+    dtype: str = "bfloat16",
+    shard_size: str = "5GB",
+    fit: Callable[[CoreSeg, CoreSegProcessor], Scope] | None = None,
+) -> None:
     """Write a checkpoint or a run's best state to `out` as one folder, in another precision.
 
-    Raises ModelError for an unknown precision or where `out` is not empty.
+    `fit` makes the record of what it was trained on, otherwise it keeps the one that it has. Raises ModelError for an
+    unknown precision or where `out` is not empty, and what `fit` raises, before anything is written.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     _check_empty(out)
     model, processor = load_parts(run, DTYPES[dtype])
+    scope = fit(model, processor) if fit else scope_of(run)
     model.save_pretrained(out, max_shard_size=shard_size)
     processor.save_pretrained(out)
+    if scope:
+        scope.save(out)

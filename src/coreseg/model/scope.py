@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from transformers.utils.hub import cached_file
 
+from coreseg.errors import ModelError
 from coreseg.questions import names_of
 from coreseg.sam2 import FeatureMaps
 from coreseg.types import Answer, Sample
@@ -30,6 +31,8 @@ SHRINKAGE = 0.3
 """How far the covariance is drawn to a multiple of one: there are hardly more pictures than it has entries."""
 SHARE_WITHIN = 0.99
 """Of the training pictures, how many are within the limit."""
+FAINT = 1e-3
+"""A texture that hardly varies counts as varying by this share of the median one."""
 _SIMILAR = 0.8
 
 
@@ -49,12 +52,14 @@ class Kind:
 class Scope:
     """What a model was trained on.
 
-    centres: of each kind, after whitening.  whitening: makes every direction of the textures equally likely.
+    centres: of each kind, after whitening.  scale: each texture's deviation over all of them, divided by first.
+    whitening: makes every direction of what is left equally likely.
     limit: the largest squared distance from the nearest centre that is not worth a word.
     """
 
     kinds: tuple[Kind, ...]
     centres: Float[torch.Tensor, "kinds channels"]
+    scale: Float[torch.Tensor, " channels"]
     whitening: Float[torch.Tensor, "channels channels"]
     limit: float
 
@@ -67,19 +72,20 @@ class Scope:
         names = [str(kind) for kind in known]
         which = torch.tensor([names.index(kind) for kind in kinds])
         means = torch.stack([vectors[which == number].mean(0) for number in range(len(names))])
-        scale = vectors.std(0).clamp(min=1e-6)
+        scale = vectors.std(0)
+        scale = scale.clamp(min=FAINT * float(scale.median()))
         inside = (vectors - means[which]) / scale
         covariance = inside.T @ inside / len(inside)
         even = torch.eye(len(covariance)).to(covariance) * covariance.diagonal().mean()
         shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * even
-        whitening = torch.linalg.cholesky(torch.linalg.inv(shrunk)) / scale[:, None]
-        scope = cls(tuple(known), means @ whitening, whitening, 0.0)
+        whitening = torch.linalg.cholesky(torch.linalg.inv(shrunk))
+        scope = cls(tuple(known), (means / scale) @ whitening, scale, whitening, 0.0)
         limit = float(torch.quantile(scope.distances(vectors).amin(1), SHARE_WITHIN))
-        return cls(tuple(known), scope.centres.float(), whitening.float(), limit)
+        return cls(tuple(known), scope.centres.float(), scale.float(), whitening.float(), limit)
 
     def distances(self, textures: Float[torch.Tensor, "pictures channels"]) -> Float[torch.Tensor, "pictures kinds"]:
         """Squared distances from the kinds' centres."""
-        offsets = (textures.to(self.whitening) @ self.whitening)[:, None] - self.centres
+        offsets = ((textures.to(self.scale) / self.scale) @ self.whitening)[:, None] - self.centres
         return offsets.square().sum(-1)
 
     def warnings(
@@ -105,21 +111,27 @@ class Scope:
 
     def save(self, folder: Path) -> None:
         """Write it beside a checkpoint."""
-        tensors = {"centres": self.centres.half().contiguous(), "whitening": self.whitening.half().contiguous()}
+        whitening = self.whitening.half().contiguous()  # of order one, unlike the others
+        tensors = {"centres": self.centres.contiguous(), "scale": self.scale.contiguous(), "whitening": whitening}
         told = {"kinds": json.dumps([asdict(kind) for kind in self.kinds]), "limit": repr(self.limit)}
         (folder / FILE).write_bytes(save(tensors, metadata=told))
 
     @classmethod
     def load(cls, place: str | Path) -> "Scope | None":
-        """That of a checkpoint, in a folder or at a hub; None where it has none."""
+        """That of a checkpoint, in a folder or at a hub; None where it has none. ModelError for a damaged one."""
         file = cached_file(str(place), FILE, _raise_exceptions_for_missing_entries=False)
         if file is None:
             return None
-        with safe_open(file, framework="pt") as stored:
-            told = stored.metadata()
+        try:
+            with safe_open(file, framework="pt") as stored:
+                told = stored.metadata()
+                tensors = {name: stored.get_tensor(name).float() for name in ("centres", "scale", "whitening")}
             kinds = (Kind(**{**each, "categories": tuple(each["categories"])}) for each in json.loads(told["kinds"]))
-            centres, whitening = (stored.get_tensor(name).float() for name in ("centres", "whitening"))
-            return cls(tuple(kinds), centres, whitening, float(told["limit"]))
+            return cls(kinds=tuple(kinds), limit=float(told["limit"]), **tensors)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"{file}: damaged ({error}); copy it again, or write it anew: coreseg merge --scope"
+            ) from error
 
 
 def texture(maps: FeatureMaps) -> Float[torch.Tensor, "batch textures"]:
@@ -137,7 +149,10 @@ def kinds_of(samples: Iterable[Sample]) -> list[Kind]:
 
 def names_any(question: str, categories: Iterable[str]) -> bool:
     """Whether a question has a word of one of the categories, or of its lay names; typing errors do no harm."""
-    known = {word for category in categories for name in names_of(category) for word in _words(name)}
+    names = [name for category in categories for name in names_of(category)]
+    if any(name.casefold() in question.casefold() for name in names):
+        return True
+    known = {word for name in names for word in _words(name)}
     return any(difflib.get_close_matches(word, known, n=1, cutoff=_SIMILAR) for word in _words(question))
 
 

@@ -63,7 +63,12 @@ class Examples(Dataset[Example]):
         ]
         if split == "train" and not rows:
             raise DataError(f"no train rows in {', '.join(config.data)}; set `split` to train in metadata.jsonl")
-        return cls(rows, config)
+        examples = cls(rows, config)
+        if split == "train" and not examples.weights.any():
+            raise DataError(
+                f"source_weights is {config.source_weights}, so no row of {', '.join(config.data)} is drawn"
+            )
+        return examples
 
     @property
     def weights(self) -> Float[np.ndarray, " rows"]:

@@ -22,8 +22,9 @@ def fit_scope(
     Raises DataError where there are not two pictures of a kind.
     """
     rows = [(lesions, sample) for lesions in sets for sample in lesions.split("train")]
-    pictures = {(lesions.root, sample.file_name): (lesions, sample) for lesions, sample in rows}
-    kinds = [str(Kind(sample.modality, sample.anatomy, ())) for _, sample in pictures.values()]
+    # One picture may be of several kinds, an abdomen of one for each organ.
+    pictures = {(lesions.root, row.file_name, row.modality, row.anatomy): (lesions, row) for lesions, row in rows}
+    kinds = [str(Kind(modality, anatomy, ())) for _, _, modality, anatomy in pictures]
     few = sorted(kind for kind in set(kinds) if kinds.count(kind) < 2)
     if few or not kinds:
         told = f"only one training picture is a {few[0]}" if few else "there are no training pictures"

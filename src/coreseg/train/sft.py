@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from coreseg.config import SftConfig
+from coreseg.errors import DataError
 from coreseg.model.assemble import load_parts
 from coreseg.model.core_seg import CoreSeg, fresh_adapter
 from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
@@ -142,6 +143,11 @@ class SftTrainer(StageTrainer):
             batch = collate(drawn[start : start + rows])["batch"].to(self.args.device)
             states, present = model.probe_states(batch.input_ids, batch.attention_mask, batch.reasoner_inputs)
             found.append(states[present].float())
+        if sum(map(len, found)) < 2:
+            raise DataError(
+                "a fresh adapter is centred on the states of rows with a lesion, and the first "
+                f"{STARTING_ROWS} draws have hardly any; give data with lesions, or fresh_adapter = false"
+            )
         model.adapter = fresh_adapter(model.config)
         model.adapter.start_at(model.segmenter.prompt_encoder.not_a_point_embed.weight.float().cpu())
         model.adapter.centre_on(torch.cat(found).cpu())

@@ -393,7 +393,7 @@ class Watch(TrainerCallback):
         print(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
         (folder / "overlays").mkdir(exist_ok=True)
         sheet(panels).save(folder / "overlays" / f"step-{step:06d}.png")
-        if figures["score"] > self.best:
+        if figures.get("score", -1.0) > self.best:
             self.best = figures["score"]
             save_checkpoint(model, self.trainer.processor, folder / "best")
             (folder / "best" / "figures.json").write_text(json.dumps({"step": step, **figures}))
@@ -406,14 +406,13 @@ class Watch(TrainerCallback):
             results += segmenter.segment_batch([e.image for e in part], [e.question for e in part], constrained=False)
         pairs = list(zip(results, self.examples, strict=True))
         there = [(result, example) for result, example in pairs if example.answer.found]
-        figures = {
-            "dice": _mean([dice(result.mask, example.mask) for result, example in there]),
-            "detect": _mean([detect_score(result.boxes, example.answer.boxes) for result, example in there]),
-            "valid": _mean([float(result.valid) for result in results]),
-        }
-        # Masks and boxes, as far as this run learns them.
-        learnt = ["dice", "detect"] if self.config.mask_weight > 0 else ["detect"]
-        figures["score"] = _mean([figures[name] for name in learnt])
+        figures = {"valid": _mean([float(result.valid) for result in results])}
+        if there:  # without any lesion nothing tells one state from another
+            figures["dice"] = _mean([dice(result.mask, example.mask) for result, example in there])
+            figures["detect"] = _mean([detect_score(result.boxes, example.answer.boxes) for result, example in there])
+            # Masks and boxes, as far as this run learns them.
+            learnt = ["dice", "detect"] if self.config.mask_weight > 0 else ["detect"]
+            figures["score"] = _mean([figures[name] for name in learnt])
         return figures, [overlay(e.image, r.mask, r.boxes, reference=e.mask) for r, e in pairs[:12]]
 
 
@@ -425,7 +424,7 @@ def _keep_before(step: int, file: Path) -> None:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else 0.0
+    return float(np.mean(values))
 
 
 def sheet(panels: Sequence[Image.Image], side: int = 224) -> Image.Image:
