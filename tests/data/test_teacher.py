@@ -23,6 +23,7 @@ from coreseg.cli import app
 from coreseg.config import load
 from coreseg.data.build import endpoint as endpoint_module
 from coreseg.data.build.ledger import Ledger
+from coreseg.data.build.preview import estimate
 from coreseg.data.build.quality import text_faults
 from coreseg.data.build.run import describe_set, review_set
 from coreseg.data.build.settings import EndpointSettings, TeacherConfig
@@ -614,6 +615,18 @@ def test_describe_then_review_costs_nothing_again(tmp_path: Path) -> None:
     assert LesionSet.open(tmp_path / "reviewed").samples == LesionSet.open(tmp_path / "out").samples
 
 
+def test_a_free_judge_has_no_use_for_the_budget_of_the_teacher(tmp_path: Path) -> None:
+    lesions = lesion_set(tmp_path / "set", 2)
+    with TeacherServer(well) as server:
+        config = write_config(tmp_path / "t.toml", server.url, tmp_path / "cache", judge=False)
+        judge = f'[judge]\nbase_url = "{server.url}"\nmodel = "free"\n'
+        config.write_text(config.read_text() + judge)
+        words = ("data", "review", lesions.root, "--judge", config)
+        done = run(*words, "--out", tmp_path / "out")
+        assert done.exit_code == 0 and "2 of 2 rows kept" in done.stdout, done.output
+        assert "no price is set" in complaint(*words, "--out", tmp_path / "again", "--max-cost", "5")
+
+
 def test_review_exits_with_one_for_a_lie(tmp_path: Path) -> None:
     lesions = lesion_set(tmp_path / "set", 5)
     rows = list(lesions.samples)
@@ -638,6 +651,11 @@ def test_a_dry_run_sends_nothing_and_tells_words_and_cost(tmp_path: Path) -> Non
         assert told and 0 < float(told[1]) < float(told[2])
         review = run("data", "review", lesions.root, "--judge", config, "--dry-run")
         assert "5 rows: 5 requests" in review.stdout and "JSON" in review.stdout
+        settings = replace(load(TeacherConfig, config), teacher=None)
+        once, most = (estimate(lesions.samples, replace(settings, attempts=times)).most for times in (1, 3))
+        assert most == pytest.approx(3 * once), "a text that stands is not written again"
+        config.write_text(f'[judge]\nbase_url = "{server.url}"\nmodel = "m"\n')
+        assert "no teacher is set" in complaint("data", "describe", lesions.root, "--teacher", config, "--dry-run")
     assert not (tmp_path / "cache").exists()
 
 
