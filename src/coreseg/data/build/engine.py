@@ -77,12 +77,19 @@ HERE = Here()
 ENGINES = {"here": HERE, "ray": OnRay()}
 
 
-def _joined() -> Any:
+def require_ray() -> None:
+    """Raises MissingExtraError without Ray."""
     try:
-        import ray
-        from ray.data import DataContext
+        import ray.data  # noqa: F401
     except ImportError as error:
         raise MissingExtraError('engine = "ray" needs Ray; in a clone: pip install ".[cluster]"') from error
+
+
+def _joined() -> Any:
+    require_ray()
+    import ray
+    from ray.data import DataContext
+
     if not ray.is_initialized():
         ray.init(logging_level=logging.ERROR, include_dashboard=False)
     context = DataContext.get_current()
