@@ -100,15 +100,14 @@ def restore(
     the manifest or a source is broken; nothing is left behind then.
     """
     rows = read_manifest(manifest)
+    entries = {name: entry for source in reversed(sources) for name, entry in read_sources(source).items()}
     images, masks = _where_pixels_are(sources, progress)
     there = [row for row in rows if row.image_sha256 in images and row.mask_sha256 in masks]
     missing = [row.sample for row in rows if row.image_sha256 not in images or row.mask_sha256 not in masks]
     if not there or (missing and not partly):
         raise DataError(_missing(manifest, missing, len(rows)))
     names = {row.sample.source for row in there}
-    told = {
-        name: entry for source in reversed(sources) for name, entry in read_sources(source).items() if name in names
-    }
+    told = {name: entry for name, entry in entries.items() if name in names}
     with new_set(destination) as staging:
         for row in there:
             _copy(images[row.image_sha256], staging / row.sample.file_name)
