@@ -231,7 +231,7 @@ def test_what_goes_out_together_is_refused_together_and_goes_again(tmp_path: Pat
 
     with TeacherServer(answer, latency_s=0.1) as server:
         ask(server.url, Ledger(tmp_path))
-        replies, traffic = ask(server.url, Ledger(tmp_path), *numbered(6))
+        replies, traffic = ask(server.url, Ledger(tmp_path), *numbered(6), retries=0)
     assert [type(reply) for reply in replies] == [Reply] * 6
     assert (traffic["refused requests"], traffic["settings the server does not know"]) == (0, 6)
 

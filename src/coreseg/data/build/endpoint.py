@@ -125,8 +125,8 @@ class Endpoint:
     async def _paid(self, key: str, prompt: Prompt, tally: Counter[str]) -> Reply:
         """The reply over the network, with further tries where one may help."""
         messages = await asyncio.to_thread(_messages, prompt)
-        failure = _Failure("", "")
-        for trial in range(self.settings.retries + 1):
+        failure, trial = _Failure("", ""), 0
+        while trial <= self.settings.retries:
             if trial:
                 tally["retries"] += 1
                 backoff_s = min(_LONGEST_BACKOFF_S, _BACKOFF_S * 2 ** (trial - 1)) * random.uniform(0.5, 1.0)
@@ -143,6 +143,8 @@ class Endpoint:
             self._pace.pause(failure.retry_after_s)
             if failure.final or (failure.kind == _UNREACHABLE and not self._known and trial == 2):
                 break
+            # What was refused for how it was written, at most twice, has not been tried yet.
+            trial += failure.kind != _UNKNOWN
         self._fruitless += 1
         gone = failure.stops_all or (failure.kind == _UNREACHABLE and not self._known)
         if gone or self._fruitless > self.settings.in_flight:
@@ -254,7 +256,7 @@ class Endpoint:
         if status in (408, 409, 425) or status >= 500:
             return _Failure("server errors", text, retry_after_s=_retry_after_s(error.response.headers))
         if status in (400, 422) and self._drop_what_is_unknown(text, sent):
-            return _Failure("settings the server does not know", text)
+            return _Failure(_UNKNOWN, text)
         return _Failure("refused requests", text, final=True, stops_all=status in (401, 402, 404, 429))
 
     def _drop_what_is_unknown(self, text: str, sent: Mapping[str, Any]) -> bool:
@@ -286,7 +288,7 @@ _BACKOFF_S, _LONGEST_BACKOFF_S = 1.0, 60.0
 _TEMPLATE_TOKENS = 64
 """What a server's chat template adds around the words, from above."""
 
-_UNREACHABLE = "no connection"
+_UNREACHABLE, _UNKNOWN = "no connection", "settings the server does not know"
 
 
 @dataclass(frozen=True)
