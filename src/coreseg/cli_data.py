@@ -140,9 +140,12 @@ def data_describe(
     """
     from coreseg.data.build.run import describe_set
     from coreseg.data.store import LesionSet
+    from coreseg.errors import ConfigError
 
     lesions = LesionSet.open(dataset)
     config = _teacher_config(teacher, max_cost)
+    if config and not config.teacher:
+        raise ConfigError(f"{teacher}: no teacher is set; expected a table [teacher] with base_url and model")
     if dry_run:
         _dry_run(lesions.samples, config)
         return
@@ -165,7 +168,7 @@ def data_review(
 
     Exits with 1 where a row is set aside; each stands in set_aside.jsonl with the reasons.
 
-    Example: coreseg data review described --out reviewed --judge teacher.toml --max-cost 5
+    Example: coreseg data review described --out reviewed --judge teacher.toml
     """
     from dataclasses import replace
 
@@ -177,7 +180,10 @@ def data_review(
     config = _teacher_config(judge, max_cost)
     if config and not config.judge:
         raise ConfigError(f"{judge}: no judge is set; expected a table [judge] with base_url and model")
-    config = config and replace(config, teacher=None)
+    if config:
+        # A budget of the file is the teacher's too, and nothing to a judge that is free.
+        paid = config.judge.costs or max_cost is not None
+        config = replace(config, teacher=None, max_cost=config.max_cost if paid else None)
     if dry_run:
         _dry_run(lesions.samples, config)
         return

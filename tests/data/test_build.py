@@ -3,6 +3,7 @@
 import json
 import operator
 import shutil
+import sys
 import threading
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,7 @@ from coreseg.data.build.settings import EndpointSettings, TeacherConfig
 from coreseg.data.manifest import restore
 from coreseg.data.sources import ImportSettings
 from coreseg.data.store import LesionSet, write_set
-from coreseg.errors import ConfigError, DataError
+from coreseg.errors import ConfigError, DataError, MissingExtraError, TeacherError
 from coreseg.testing import write_phantom_set
 
 
@@ -108,6 +109,111 @@ def test_a_teacher_writes_and_a_judge_reads(source: Path, tmp_path: Path) -> Non
     assert [stage["name"] for stage in told["stages"]] == ["describe", "review"]
     assert told["reports"]["describe"]["settings"]["prompts"]
     assert load(BuildConfig, out / "build.toml").describe == teacher
+
+
+def test_a_larger_budget_goes_on_where_the_smaller_one_ended(source: Path, tmp_path: Path) -> None:
+    with TeacherServer() as server:
+        endpoint = EndpointSettings(base_url=server.url, model="large", input_price=2.5, output_price=10.0)
+        teacher = TeacherConfig(teacher=endpoint, cache=str(tmp_path / "cache"), max_cost=0.03)
+        config = config_for(source, tmp_path / "out", describe=teacher)
+        with pytest.raises(TeacherError, match="max_cost in the file of settings"):
+            build(config, progress=False)
+        with pytest.raises(ConfigError, match="filter changed"):
+            build(replace(config, filter=FilterSettings(proxy=True)), progress=False)
+        mended = replace(endpoint, in_flight=4, retries=2, timeout_s=60.0, requests_per_minute=6000)
+        larger = replace(config, describe=replace(teacher, teacher=mended, max_cost=20.0), jobs=2)
+        out = build(larger, progress=False)
+        assert load(BuildConfig, out / "build.toml") == larger
+        build(replace(larger, describe=replace(teacher, max_cost=30.0)), progress=False)
+        other = replace(teacher, teacher=replace(endpoint, model="small"))
+        with pytest.raises(ConfigError, match="describe changed"):
+            build(replace(config, describe=other), progress=False)
+
+
+@pytest.mark.parametrize("left", ["filter", "review", "set"])
+def test_other_rows_at_the_start_are_told(source: Path, tmp_path: Path, left: str) -> None:
+    """Also where only a later stage is left of the first build."""
+    changes = {"filter": {}, "review": {"filter": None}, "set": {"filter": None, "review": False}}[left]
+    config = config_for(source, tmp_path / "out", **changes)
+    build(config, progress=False)
+    shutil.rmtree(source)
+    write_phantom_set(source, count=20, seed=4)
+    with pytest.raises(DataError, match=f"{left} was made of other rows than"):
+        build(config, progress=False)
+
+
+def test_a_picture_that_cannot_be_read_stays_off_the_card(source: Path, tmp_path: Path) -> None:
+    lost = LesionSet.open(source).samples[3]
+    (source / lost.mask_file_name).write_text("no picture")
+    out = build(config_for(source, tmp_path / "out", filter=None), progress=False)
+    assert lost.mask_file_name in (out / "card.md").read_text(encoding="utf-8")
+    assert (out / "card.html").read_text(encoding="utf-8").count("<figure><figcaption>") == 1
+
+
+def test_what_a_later_stage_would_refuse_is_told_first(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "_run", lambda *_: pytest.fail("a stage ran"))
+    endpoint = EndpointSettings(base_url="http://x/v1", model="m")
+    for changes, error, words in (
+        ({"describe": TeacherConfig()}, ConfigError, "no teacher is set"),
+        ({"describe": TeacherConfig(teacher=replace(endpoint, input_price=1.0))}, ConfigError, "no budget"),
+    ):
+        with pytest.raises(error, match=words):
+            build(config_for(source, tmp_path / "out", **changes), progress=False)
+    for module, changes in (
+        ("openai", {"describe": TeacherConfig(teacher=endpoint)}),
+        ("ray", {"engine": "ray"}),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(MissingExtraError, match="pip install"):
+            build(config_for(source, tmp_path / "out", **changes), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_line_of_what_was_set_aside_ends_where_json_says(source: Path, tmp_path: Path) -> None:
+    lesions = LesionSet.open(source)
+    odd = "A lie\u2028of three\u2029lines\x85more."
+    write_set(source, [replace(lesions.samples[0], reasoning=odd), *lesions.samples[1:]])
+    out = build(config_for(source, tmp_path / "out", filter=None), progress=False)
+    assert len(LesionSet.open(out / "set").samples) == len(lesions.samples) - 1
+
+
+def test_a_stage_that_keeps_no_row_is_named(source: Path, tmp_path: Path) -> None:
+    write_set(source, [replace(sample, reasoning="Short.") for sample in LesionSet.open(source).samples])
+    config = config_for(source, tmp_path / "out", filter=None)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"stage review kept no row; see .*review.set_aside\.jsonl"):
+            build(config, progress=False)
+
+
+def test_what_cannot_be_written_is_one_clear_error(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, write = config_for(source, tmp_path / "out", filter=None), Path.write_text
+    for name in ("build.toml", "review.rows", "card.html", "card.md", MANIFEST):
+
+        def full(path: Path, *words: Any, name: str = name, **options: Any) -> int:
+            if path.name.startswith(name):
+                raise OSError(28, "No space left on device")
+            return write(path, *words, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_text", full)
+            with pytest.raises(DataError, match=r"cannot be written .*No space left"):
+                build(config, progress=False)
+        assert not (tmp_path / "out" / name).exists()
+    build(config, progress=False)
+
+
+@pytest.mark.parametrize("text", ['{"a": "text"}', "[]", "no JSON"])
+def test_broken_sources_are_told_at_the_start(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    (source / "sources.json").write_text(text)
+    monkeypatch.setattr(building, "_run", lambda *_: pytest.fail("a stage ran"))
+    with pytest.raises(DataError, match=r"sources\.json: .*Correct the file, or delete it"):
+        build(config_for(source, tmp_path / "out"), progress=False)
 
 
 @pytest.fixture

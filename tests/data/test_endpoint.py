@@ -223,6 +223,40 @@ def test_a_server_that_knows_no_schema_and_another_word_for_the_limit(tmp_path: 
     assert traffic["settings the server does not know"] == 2
 
 
+def test_what_goes_out_together_is_refused_together_and_goes_again(tmp_path: Path) -> None:
+    def answer(request: Request) -> Answer:
+        if "response_format" in request.body:
+            return Answer("response_format is not supported", status=400)
+        return Answer("hello")
+
+    with TeacherServer(answer, latency_s=0.1) as server:
+        ask(server.url, Ledger(tmp_path))
+        replies, traffic = ask(server.url, Ledger(tmp_path), *numbered(6), retries=0)
+    assert [type(reply) for reply in replies] == [Reply] * 6
+    assert (traffic["refused requests"], traffic["settings the server does not know"]) == (0, 6)
+
+
+@pytest.mark.parametrize(
+    ("content", "usage"),
+    [
+        ("hello you", '{"prompt_tokens": null, "completion_tokens": null, "total_tokens": null}'),
+        ("hello y\ud83d", "null"),
+    ],
+    ids=["nulls", "half a surrogate pair"],
+)
+def test_odd_replies_are_kept_all_the_same(tmp_path: Path, content: str, usage: str) -> None:
+    message = json.dumps({"role": "assistant", "content": content})
+    choices = f'[{{"index": 0, "finish_reason": "stop", "message": {message}}}]'
+    body = f'{{"id": "c", "object": "chat.completion", "created": 0, "choices": {choices}, "usage": {usage}}}'
+    with TeacherServer(lambda request: Answer(body=body.encode())) as server:
+        for _ in range(2):
+            (reply,), _ = ask(server.url, Ledger(tmp_path), image_tokens=500)
+            assert isinstance(reply, Reply)
+            assert reply.text == content.replace("\ud83d", "?")
+            assert 500 < reply.input_tokens < 700 and reply.output_tokens == len(content)
+        assert server.requests == 1
+
+
 def test_missing_usage_is_estimated_from_above(tmp_path: Path) -> None:
     with TeacherServer(lambda request: Answer("hello you", usage=False)) as server:
         (reply,), _ = ask(server.url, Ledger(tmp_path), image_tokens=500)
@@ -248,6 +282,25 @@ def test_the_budget_is_never_overrun_with_many_in_flight(tmp_path: Path) -> None
         more, traffic = ask(server.url, Ledger(tmp_path, 60.5 * PRICE), *numbered(60), max_tokens=100, **PRICES)
         assert all(isinstance(each, Reply) for each in more)
         assert server.requests == 60 and traffic["cached"] == 10
+
+
+class SlowToRefuse(Ledger):
+    """Where the budget has no room, every open request ends before the asker hears of it."""
+
+    def reserve(self, cost: float) -> bool:
+        taken = super().reserve(cost)
+        while not taken and self.open_requests:
+            time.sleep(0.01)
+        return taken
+
+
+def test_a_request_that_ends_meanwhile_makes_room(tmp_path: Path) -> None:
+    with TeacherServer(hello, latency_s=0.05) as server:
+        ask(server.url, Ledger(tmp_path), **PRICES)
+        # Room for one at a time, of which each gives most of it back.
+        ledger = SlowToRefuse(tmp_path, 1.2 + 5 * PRICE)
+        answers, _ = ask(server.url, ledger, *numbered(4), max_tokens=1000, **PRICES)
+    assert [type(each) for each in answers] == [Reply] * 4
 
 
 def test_replies_dearer_than_thought_are_reckoned_with(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_money_is_taken_before_sending_and_settled_after(tmp_path: Path) -> None
     assert ledger.reserve(0.5) and ledger.reserve(0.5) and not ledger.reserve(0.01)
     ledger.record("k", "m", REPLY, 0.5)
     ledger.abandon()
-    assert ledger.open_requests == 0
+    assert (ledger.open_requests, ledger.ended_requests) == (0, 3)
     assert ledger.spent() == Spent(0.25, 0.5)
     assert ledger.reserve(0.25) and not ledger.reserve(0.01)
     assert Ledger(tmp_path, math.inf).reserve(1e9)

@@ -48,6 +48,16 @@ def test_it_comes_back_the_same(built: LesionSet, source: Path, tmp_path: Path) 
     assert files(tmp_path / "restored") == files(built.root)
 
 
+def test_what_is_told_of_its_sources_comes_back_too(source: Path, tmp_path: Path) -> None:
+    name = LesionSet.open(source).samples[0].source
+    told = {name: {"title": "Phantöme"}}
+    (source / "sources.json").write_text(json.dumps({**told, "other": {"title": "Not in it"}}))
+    manifest = tmp_path / "manifest.jsonl"
+    write_manifest(LesionSet.open(source), manifest)
+    restore(manifest, [source], tmp_path / "restored", progress=False)
+    assert json.loads((tmp_path / "restored" / "sources.json").read_text(encoding="utf-8")) == told
+
+
 def test_pixels_count_not_bytes(built: LesionSet, source: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.jsonl"
     write_manifest(built, manifest)

@@ -23,8 +23,9 @@ from coreseg.cli import app
 from coreseg.config import load
 from coreseg.data.build import endpoint as endpoint_module
 from coreseg.data.build.ledger import Ledger
+from coreseg.data.build.preview import estimate
 from coreseg.data.build.quality import text_faults
-from coreseg.data.build.run import describe_set
+from coreseg.data.build.run import describe_set, review_set
 from coreseg.data.build.settings import EndpointSettings, TeacherConfig
 from coreseg.data.build.stage import Outcome
 from coreseg.data.build.teacher import describe_rows
@@ -268,14 +269,14 @@ def files_of(root: Path) -> dict[str, bytes | dict[str, Any]]:
 
 def test_the_new_set_shares_pictures_and_says_what_became_of_each_row(right_sided: LesionSet, tmp_path: Path) -> None:
     (right_sided.root / "sources.json").write_text("{}")
-    with TeacherServer(faulty) as server:
+    with TeacherServer(lambda request: well(request) if "gone" in request.category else faulty(request)) as server:
         config = config_for(server.url, tmp_path / "cache", judge=True)
         assert config.teacher
         config = replace(config, teacher=replace(config.teacher, retries=2, timeout_s=2.0))
         report = describe_set(right_sided, tmp_path / "out", config, progress=False)
     out = LesionSet.open(tmp_path / "out")
     aside = [json.loads(line) for line in (out.root / "set_aside.jsonl").read_text().splitlines()]
-    lost = [fate for fate, (_, _, because) in FATES.items() if because]
+    lost = [fate for fate, (_, _, because) in FATES.items() if because and fate != "gone"]
     assert [row["category"].split()[0] for row in aside] == lost
     assert [row["reasons"][0]["kind"] for row in aside] == [FATES[fate][2] for fate in lost]
     assert len(out.samples) + len(aside) == len(right_sided.samples) == report.rows
@@ -291,6 +292,78 @@ def test_the_new_set_shares_pictures_and_says_what_became_of_each_row(right_side
     assert json.loads((out.root / "report.json").read_text())["set_aside"] == len(aside)
     assert "rows kept" in report.text() and "paid in all" in report.text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out"]
+
+
+def impatient(config: TeacherConfig) -> TeacherConfig:
+    assert config.teacher
+    return replace(config, teacher=replace(config.teacher, retries=1))
+
+
+def test_an_outage_near_the_end_drops_no_row(tmp_path: Path) -> None:
+    """Fewer rows are left than requests may be in flight."""
+    lesions = lesion_set(tmp_path / "set", 12, lambda row: f"nodule {word(row)}")
+    healthy = False
+
+    def answer(request: Request) -> Answer:
+        return well(request) if healthy or server.requests <= 18 else Answer(status=503)
+
+    with TeacherServer(answer) as server:
+        config = impatient(config_for(server.url, tmp_path / "cache"))
+        with pytest.raises(TeacherError, match=r"\d+ of 12 rows done, \d+ left without a reply \(.*503.* same command"):
+            describe_set(lesions, tmp_path / "out", config, progress=False)
+        assert [path.name for path in tmp_path.iterdir() if path.name not in ("set", "cache")] == []
+        healthy = True
+        assert describe_set(lesions, tmp_path / "out", config, progress=False).kept == 12
+        describe_set(lesions, tmp_path / "whole", config_for(server.url, tmp_path / "fresh"), progress=False)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_a_row_that_is_refused_for_good_is_set_aside(tmp_path: Path) -> None:
+    lesions = lesion_set(tmp_path / "set", 3, lambda row: f"nodule {word(row)}")
+    refused = lesions.samples[1].category
+
+    def answer(request: Request) -> Answer:
+        return Answer("policy", status=400) if request.category == refused else well(request)
+
+    with TeacherServer(answer) as server:
+        config = config_for(server.url, tmp_path / "cache")
+        report = describe_set(lesions, tmp_path / "out", config, progress=False)
+    assert (report.kept, report.because) == (2, {"no reply": 1})
+
+
+def test_a_review_without_its_judge_is_not_finished(tmp_path: Path) -> None:
+    lesions = lesion_set(tmp_path / "set", 4, lambda row: f"nodule {word(row)}")
+    texts = [replace(row, reasoning=f"{CALM} This fits the {row.category}.") for row in lesions.samples]
+    write_set(lesions.root, texts)
+    lesions = LesionSet.open(lesions.root)
+
+    def answer(request: Request) -> Answer:
+        return Answer(status=503) if request.category == lesions.samples[2].category else well(request)
+
+    with TeacherServer(answer) as server:
+        config = replace(config_for(server.url, tmp_path / "cache"), teacher=None)
+        config = replace(config, judge=EndpointSettings(base_url=server.url, model="judge", retries=1, **PRICES))
+        with pytest.raises(TeacherError, match="3 of 4 rows done, 1 left without a reply"):
+            review_set(lesions, tmp_path / "out", config, progress=False)
+        server.answer = well
+        assert review_set(lesions, tmp_path / "out", config, progress=False).kept == 4
+        assert server.requests == 3 + 2 + 1
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    lesions = lesion_set(tmp_path / "set", 2)
+
+    def answer(request: Request) -> Answer:
+        part = {"description": "lesion", "thought": "reasoning", "judgement": "criticism"}[request.kind]
+        return (
+            Answer(json.dumps(reply_to(request, **{part: f"{CALM} \ud83d"}))) if request.times == 1 else well(request)
+        )
+
+    with TeacherServer(answer) as server:
+        config = config_for(server.url, tmp_path / "cache", judge=True)
+        report = describe_set(lesions, tmp_path / "out", config, progress=False)
+        again = describe_set(lesions, tmp_path / "again", config, progress=False)
+    assert report.because == again.because and report.met["unreadable"] > 0
 
 
 def test_the_image_folder_loader_opens_the_new_set(
@@ -542,6 +615,18 @@ def test_describe_then_review_costs_nothing_again(tmp_path: Path) -> None:
     assert LesionSet.open(tmp_path / "reviewed").samples == LesionSet.open(tmp_path / "out").samples
 
 
+def test_a_free_judge_has_no_use_for_the_budget_of_the_teacher(tmp_path: Path) -> None:
+    lesions = lesion_set(tmp_path / "set", 2)
+    with TeacherServer(well) as server:
+        config = write_config(tmp_path / "t.toml", server.url, tmp_path / "cache", judge=False)
+        judge = f'[judge]\nbase_url = "{server.url}"\nmodel = "free"\n'
+        config.write_text(config.read_text() + judge)
+        words = ("data", "review", lesions.root, "--judge", config)
+        done = run(*words, "--out", tmp_path / "out")
+        assert done.exit_code == 0 and "2 of 2 rows kept" in done.stdout, done.output
+        assert "no price is set" in complaint(*words, "--out", tmp_path / "again", "--max-cost", "5")
+
+
 def test_review_exits_with_one_for_a_lie(tmp_path: Path) -> None:
     lesions = lesion_set(tmp_path / "set", 5)
     rows = list(lesions.samples)
@@ -566,6 +651,11 @@ def test_a_dry_run_sends_nothing_and_tells_words_and_cost(tmp_path: Path) -> Non
         assert told and 0 < float(told[1]) < float(told[2])
         review = run("data", "review", lesions.root, "--judge", config, "--dry-run")
         assert "5 rows: 5 requests" in review.stdout and "JSON" in review.stdout
+        settings = replace(load(TeacherConfig, config), teacher=None)
+        once, most = (estimate(lesions.samples, replace(settings, attempts=times)).most for times in (1, 3))
+        assert most == pytest.approx(3 * once), "a text that stands is not written again"
+        config.write_text(f'[judge]\nbase_url = "{server.url}"\nmodel = "m"\n')
+        assert "no teacher is set" in complaint("data", "describe", lesions.root, "--teacher", config, "--dry-run")
     assert not (tmp_path / "cache").exists()
 
 
@@ -577,6 +667,7 @@ def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
     assert "--max-cost is for a teacher" in complaint("data", "describe", lesions.root, *out, "--max-cost", "3")
     assert "--dry-run shows" in complaint("data", "describe", lesions.root, "--dry-run")
     assert "no judge is set" in complaint("data", "review", lesions.root, *out, "--judge", config)
+    assert "seed is -1; expected 0 or more" in complaint("data", "describe", lesions.root, *out, "--seed", "-1")
     assert "cannot be read" in complaint("data", "describe", lesions.root, *out, "--teacher", tmp_path / "none.toml")
     said = complaint("data", "describe", lesions.root, *out, "--teacher", config)
     assert "0 of 2 rows done, 2 left" in said and "no connection" in said

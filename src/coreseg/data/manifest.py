@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
 from tqdm import tqdm
 
-from coreseg.data.store import LesionSet, new_set, parse_row, write_set
+from coreseg.data.store import SOURCES, LesionSet, new_set, parse_row, write_set
 from coreseg.errors import DataError
 from coreseg.types import Sample
 
@@ -99,17 +100,42 @@ def restore(
     the manifest or a source is broken; nothing is left behind then.
     """
     rows = read_manifest(manifest)
+    entries = {name: entry for source in reversed(sources) for name, entry in read_sources(source).items()}
     images, masks = _where_pixels_are(sources, progress)
     there = [row for row in rows if row.image_sha256 in images and row.mask_sha256 in masks]
     missing = [row.sample for row in rows if row.image_sha256 not in images or row.mask_sha256 not in masks]
     if not there or (missing and not partly):
         raise DataError(_missing(manifest, missing, len(rows)))
+    names = {row.sample.source for row in there}
+    told = {name: entry for name, entry in entries.items() if name in names}
     with new_set(destination) as staging:
         for row in there:
             _copy(images[row.image_sha256], staging / row.sample.file_name)
             _copy(masks[row.mask_sha256], staging / row.sample.mask_file_name)
         write_set(staging, [row.sample for row in there])
+        if told:
+            text = json.dumps(told, ensure_ascii=False, indent=1)
+            (staging / SOURCES).write_text(text + "\n", encoding="utf-8", newline="\n")
     return RestoreReport(destination, len(there), tuple(missing))
+
+
+def read_sources(root: Path) -> dict[str, dict[str, Any]]:
+    """What the `sources.json` of a data set says of each source; empty where there is none.
+
+    Raises DataError where it is no JSON object of objects.
+    """
+    file = root / SOURCES
+    if not file.is_file():
+        return {}
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read as JSON ({error}). Correct the file, or delete it.") from error
+    if not isinstance(told, dict) or not all(isinstance(entry, dict) for entry in told.values()):
+        raise DataError(
+            f'{file}: expected {{"source": {{"title": "…"}}}} for each source. Correct the file, or delete it.'
+        )
+    return told
 
 
 def _hashed(lesions: LesionSet, progress: bool) -> Iterator[tuple[Sample, str, str]]:

@@ -3,6 +3,7 @@
     OUT/build.toml        the settings, defaults too
     OUT/stages/import.log what the import said, where there was one: what it set aside, and why
     OUT/stages/NAME/      what each stage made, a data set of its own; pictures are links, so they take no room twice
+    OUT/stages/NAME.rows  a hash of the rows that it was made of
     OUT/set/              the result, as the `datasets` library opens it
     OUT/manifest.json     rows in and out of every stage, models, prompts, seeds, money
     OUT/benchmark.jsonl   the result without its pictures, for `coreseg data restore`
@@ -18,6 +19,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,15 @@ from coreseg import __version__
 from coreseg import config as settings_files
 from coreseg.config import require
 from coreseg.data.build.card import Rejected, Stage, write_card
-from coreseg.data.build.engine import ENGINES
+from coreseg.data.build.endpoint import require_client
+from coreseg.data.build.engine import ENGINES, require_ray
 from coreseg.data.build.filter import SUMMARY, filter_set
 from coreseg.data.build.run import REPORT, SET_ASIDE, describe_set, review_set
-from coreseg.data.build.scores import FilterSettings, RunFolds, TrainFold
+from coreseg.data.build.scores import FilterSettings, RunFolds, TrainFold, rows_digest, write_text
 from coreseg.data.build.settings import TeacherConfig
-from coreseg.data.manifest import write_manifest
+from coreseg.data.manifest import read_sources, write_manifest
 from coreseg.data.sources import ImportSettings, recognise
-from coreseg.data.store import LesionSet, copy_rows, new_set, parse_row, require_empty
+from coreseg.data.store import METADATA, LesionSet, copy_rows, new_set, parse_row, require_empty
 from coreseg.errors import ConfigError, DataError
 
 SETTINGS, MANIFEST, BENCHMARK = "build.toml", "manifest.json", "benchmark.jsonl"
@@ -86,22 +89,26 @@ def build(
 
     run_folds: see `filter_set` too; by default it is the engine's.
 
-    Raises ConfigError where the folder holds a build with other settings, DataError where it holds something else, and
-    what the stages raise; what is finished stays. Before anything is, other settings may follow those that failed.
+    Raises ConfigError where a finished stage had other settings, DataError where it had other rows, where it kept none,
+    or where the folder holds something else, and what the stages raise; what is finished stays. Of the stages that are
+    not finished, and where they decide no result, other settings may follow those that failed.
     """
     out, start = Path(config.out), _start(config)
+    _require_ready(out, config)
     _claim(out, config)
     started = time.monotonic()
     if config.import_ and not start.exists():
         _import(config.import_, start, progress)
     before = LesionSet.open(start)
+    read_sources(before.root)  # the card needs them at the end
     told = [_imported(before)] if config.import_ else []
     rejected: list[Rejected] = []
     for name in config.stages:
         folder = out / "stages" / name
+        _require_same_rows(before, folder)
         if not folder.exists():
-            folder.parent.mkdir(exist_ok=True)
             _run(name, config, train_fold, run_folds, before, folder, progress)
+        _require_rows(folder)
         after = LesionSet.open(folder)
         told.append(Stage(name, len(before.samples), len(after.samples), _facts(folder)))
         rejected += _set_aside(before, folder)
@@ -110,6 +117,8 @@ def build(
         with new_set(out / "set") as staging:
             copy_rows(before, before.samples, staging)
     result = LesionSet.open(out / "set")
+    if result.samples != before.samples:
+        raise _other_rows(before, result.root)
     write_manifest(result, out / BENCHMARK)
     write_card(result, told, rejected, out / "card.html", out / "card.md")
     _write_manifest(out, config, told, time.monotonic() - started)
@@ -126,21 +135,89 @@ def _start(config: BuildConfig) -> Path:
     return folder
 
 
+def _require_ready(out: Path, config: BuildConfig) -> None:
+    """What a later stage would refuse is told before an earlier one has taken hours."""
+    todo = [name for name in config.stages if not (out / "stages" / name).exists()]
+    if config.engine == "ray" and todo:
+        require_ray()
+    asks = "describe" in todo or ("review" in todo and config.describe and config.describe.judge)
+    if config.describe and asks:
+        if config.describe.teacher is None:
+            raise ConfigError("no teacher is set; expected a table [describe.teacher] with base_url and model")
+        config.describe.check_budget()
+        require_client()
+
+
 def _claim(out: Path, config: BuildConfig) -> None:
     file = out / SETTINGS
-    begun = any((out / "stages").glob("[!.]*"))
     if not file.exists():
         require_empty(out)
-    elif begun and (differ := settings_files.changed(settings_files.load(BuildConfig, file), config)):
+    elif differ := _decided_otherwise(out, settings_files.load(BuildConfig, file), config):
         raise ConfigError(
             f"{out} holds a build with other settings ({', '.join(differ)} changed); give another `out`, or delete "
             "that folder"
         )
-    try:
+    with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
         settings_files.save(config, file)
+        (out / "stages").mkdir(exist_ok=True)
+
+
+def _decided_otherwise(out: Path, old: BuildConfig, new: BuildConfig) -> list[str]:
+    """The settings that differ and had a say in what is finished: those of the last finished stage and all before."""
+    stages = ("import", "filter", "describe", "review")
+    finished = [number for number, name in enumerate(stages, start=1) if (out / "stages" / name).exists()]
+    last = len(stages) if (out / "set").exists() else max(finished, default=0)
+    names = ("data", *stages[:last]) if last else ()
+    before, now = _deciding(old), _deciding(new)
+    return [name for name in names if before[name] != now[name]]
+
+
+def _deciding(config: BuildConfig) -> dict[str, Any]:
+    """The settings that decide the result, by table; of an endpoint they are what its replies are kept under."""
+    told = config.describe
+    endpoints = [
+        each and (each.model, each.temperature, each.max_tokens, each.json_schema)
+        for each in (told and told.teacher, told and told.judge)
+    ]
+    describe = told and (*endpoints, told.attempts, told.image_px)
+    return {
+        "data": config.data, "import": config.import_, "filter": config.filter, "describe": describe,
+        "review": config.review,
+    }  # fmt: skip
+
+
+def _require_same_rows(before: LesionSet, folder: Path) -> None:
+    """Raises DataError where a finished stage was made of other rows; of one that is to come, writes them down."""
+    file, digest = folder.with_suffix(".rows"), rows_digest(before)
+    if not folder.exists():
+        with _writing(folder):
+            write_text(file, digest + "\n")
+    elif file.exists() and file.read_text(encoding="utf-8").strip() != digest:
+        raise _other_rows(before, folder)
+
+
+def _other_rows(before: LesionSet, folder: Path) -> DataError:
+    return DataError(
+        f"{folder} was made of other rows than {before.root} has now; give another `out`, or delete that folder to "
+        "have it made again"
+    )
+
+
+def _require_rows(folder: Path) -> None:
+    if not (folder / METADATA).is_file() or not (folder / METADATA).stat().st_size:
+        see = f"; see {folder / SET_ASIDE}" if (folder / SET_ASIDE).is_file() else ""
+        raise DataError(
+            f"stage {folder.name} kept no row{see}. Change its settings or its rows, delete {folder} and run again."
+        )
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error}). Check space and permissions.") from error
+        raise DataError(f"{path}: cannot be written ({error}). Check space and permissions.") from error
 
 
 def _import(settings: ImportSettings, folder: Path, progress: bool) -> None:
@@ -154,10 +231,11 @@ def _import(settings: ImportSettings, folder: Path, progress: bool) -> None:
         "images_without_mask": len(report.images_without_mask),
         "masks_without_image": len(report.masks_without_image),
     }
-    (part / REPORT).write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8", newline="\n")
     lines = "".join(f"{line}\n" for line in (*report.made()[1:], *report.to_mind()))
-    folder.with_suffix(".log").write_text(lines, encoding="utf-8", newline="\n")
-    part.rename(folder)
+    with _writing(folder):
+        write_text(part / REPORT, json.dumps(counts, indent=1) + "\n")
+        write_text(folder.with_suffix(".log"), lines)
+        part.rename(folder)
 
 
 def _imported(lesions: LesionSet) -> Stage:
@@ -199,7 +277,10 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 def _set_aside(before: LesionSet, folder: Path) -> Iterator[Rejected]:
     if (file := folder / SET_ASIDE).is_file():
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        # Not `splitlines`: texts may hold its other ends of a line.
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+            if not line:
+                continue
             reasons = "; ".join(reason["text"] for reason in json.loads(line)["reasons"])
             yield Rejected(before, parse_row(line, f"{file} row {number}"), reasons)
 
@@ -219,4 +300,5 @@ def _write_manifest(out: Path, config: BuildConfig, told: list[Stage], seconds: 
         "seconds_of_last_call": round(seconds, 1),
     }
     text = json.dumps(manifest, ensure_ascii=False, indent=1)
-    (out / MANIFEST).write_text(text + "\n", encoding="utf-8", newline="\n")
+    with _writing(out):
+        write_text(out / MANIFEST, text + "\n")

@@ -6,7 +6,6 @@ The page stands alone (pictures inside), so that it can be passed on; where imag
 import base64
 import html
 import io
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from coreseg.data.store import SOURCES, SPLITS, LesionSet, evenly
+from coreseg.data.build.scores import write_text
+from coreseg.data.manifest import read_sources
+from coreseg.data.store import SPLITS, LesionSet, evenly
+from coreseg.errors import CoreSegError, DataError
 from coreseg.imaging import overlay
 from coreseg.types import Sample
 
@@ -54,9 +56,15 @@ class Rejected:
 def write_card(
     lesions: LesionSet, stages: Sequence[Stage], rejected: Sequence[Rejected], page: Path, text: Path
 ) -> None:
-    """Write the card of a data set as HTML to `page` and as Markdown, without pictures, to `text`."""
-    page.write_text(_html(lesions, stages, rejected), encoding="utf-8")
-    text.write_text(_markdown(lesions, stages, rejected), encoding="utf-8")
+    """Write the card of a data set as HTML to `page` and as Markdown, without pictures, to `text`.
+
+    Raises DataError where they cannot be written, or `sources.json` cannot be read.
+    """
+    try:
+        write_text(page, _html(lesions, stages, rejected))
+        write_text(text, _markdown(lesions, stages, rejected))
+    except OSError as error:
+        raise DataError(f"{page}: the card cannot be written ({error}). Check space and permissions.") from error
 
 
 def counts(samples: Iterable[Sample], part: str) -> list[tuple[str, int]]:
@@ -78,8 +86,7 @@ def _facts(lesions: LesionSet) -> dict[str, str]:
 
 def _licences(lesions: LesionSet) -> list[tuple[str, str, str]]:
     """Source, title and terms of each source."""
-    file = lesions.root / SOURCES
-    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    told = read_sources(lesions.root)
     terms = sorted({(sample.source, sample.licence) for sample in lesions.samples})
     return [(source, str(told.get(source, {}).get("title", "")), licence) for source, licence in terms]
 
@@ -146,8 +153,12 @@ def _bars(rows: Sequence[tuple[str, int]]) -> str:
 
 
 def _figure(lesions: LesionSet, sample: Sample, title: str, text: str, kind: str = "") -> str:
+    try:
+        shown = f'<img alt="{html.escape(sample.category)}" src="{_picture(lesions, sample)}">'
+    except CoreSegError:  # as it may have been thrown away for that
+        shown = ""
     return (
-        f'<figure><img alt="{html.escape(sample.category)}" src="{_picture(lesions, sample)}"><figcaption>'
+        f"<figure>{shown}<figcaption>"
         f"<b>{html.escape(title or sample.category)}</b><br>{html.escape(f'{sample.source}, {sample.split}')}<br>"
         f"<span class={kind or 'text'}>{html.escape(text)}</span></figcaption></figure>"
     )

@@ -43,8 +43,18 @@ class Prompt:
         return len(f"{self.system}{self.user}{json.dumps(self.schema)}".encode())
 
 
+UNANSWERED = "unanswered"
+"""What a request that failed for a reason that time may mend is counted as, once all its tries are over."""
+
+
 class NoReplyError(Exception):
     """One request got no reply; the message says why. Other requests may do better."""
+
+
+def require_client() -> None:
+    """Raises MissingExtraError where the library that endpoints are asked with is not installed."""
+    if find_spec("openai") is None:
+        raise MissingExtraError("a teacher or judge needs openai and pydantic; in a clone: pip install '.[build]'")
 
 
 class Endpoint:
@@ -54,8 +64,7 @@ class Endpoint:
     """
 
     def __init__(self, settings: EndpointSettings, ledger: Ledger) -> None:
-        if find_spec("openai") is None:
-            raise MissingExtraError("a teacher or judge needs openai and pydantic; in a clone: pip install '.[build]'")
+        require_client()
         import openai
 
         self.settings, self._ledger = settings, ledger
@@ -83,8 +92,8 @@ class Endpoint:
 
         attempt: numbers the times that one thing is asked, as the same words asked again are to be answered anew.
 
-        Raises NoReplyError where every try failed or the server refuses this request, TeacherError where nothing is
-        answered any more, or the budget has no room.
+        Raises NoReplyError where every try failed, which is counted as `UNANSWERED`, or the server refuses this
+        request; TeacherError where nothing is answered any more, or the budget has no room.
         """
         key = self._key(prompt, attempt)
         if kept := self._ledger.find(key):
@@ -116,8 +125,8 @@ class Endpoint:
     async def _paid(self, key: str, prompt: Prompt, tally: Counter[str]) -> Reply:
         """The reply over the network, with further tries where one may help."""
         messages = await asyncio.to_thread(_messages, prompt)
-        failure = _Failure("", "")
-        for trial in range(self.settings.retries + 1):
+        failure, trial = _Failure("", ""), 0
+        while trial <= self.settings.retries:
             if trial:
                 tally["retries"] += 1
                 backoff_s = min(_LONGEST_BACKOFF_S, _BACKOFF_S * 2 ** (trial - 1)) * random.uniform(0.5, 1.0)
@@ -134,6 +143,8 @@ class Endpoint:
             self._pace.pause(failure.retry_after_s)
             if failure.final or (failure.kind == _UNREACHABLE and not self._known and trial == 2):
                 break
+            # What was refused for how it was written, at most twice, has not been tried yet.
+            trial += failure.kind != _UNKNOWN
         self._fruitless += 1
         gone = failure.stops_all or (failure.kind == _UNREACHABLE and not self._known)
         if gone or self._fruitless > self.settings.in_flight:
@@ -142,6 +153,7 @@ class Endpoint:
                 f"key in {self.settings.key_env}, then run the same command again."
             )
             raise TeacherError(self._stopped)
+        tally[UNANSWERED] += not failure.final
         raise NoReplyError(failure.text)
 
     async def _in_turn(self, key: str, prompt: Prompt, messages: list[Any]) -> "Reply | _Failure":
@@ -151,11 +163,13 @@ class Endpoint:
             while True:
                 if self._stopped:
                     raise TeacherError(self._stopped)
+                ended = self._ledger.ended_requests
                 # Shielded: a request that is out when the run is stopped is waited for, and its reply kept.
                 outcome = await asyncio.shield(asyncio.ensure_future(self._once(key, prompt, messages)))
                 if outcome is not None:
                     return outcome
-                if self._ledger.open_requests == 0:
+                # One that was open when the money was asked for may have given some back since.
+                if self._ledger.open_requests == 0 and self._ledger.ended_requests == ended:
                     self._stopped = self._used_up(prompt)
                     continue
                 await asyncio.sleep(0.05)
@@ -165,13 +179,14 @@ class Endpoint:
         reserved = self._upper_cost(prompt)
         if not await asyncio.to_thread(self._ledger.reserve, reserved):
             return None
+        extras = self._extras(prompt)
         try:
             completion = await self._client.chat.completions.create(
-                model=self.settings.model, messages=messages, **self._extras(prompt)
+                model=self.settings.model, messages=messages, **extras
             )
             reply = self._reply(completion, prompt)
         except Exception as error:
-            failure = self._failure(error)
+            failure = self._failure(error, extras)
             if failure.charged:
                 await asyncio.to_thread(self._ledger.abandon)
             else:
@@ -203,22 +218,26 @@ class Endpoint:
             raise ValueError("the reply is no chat completion")
         choice = completion.choices[0]
         refusal = getattr(choice.message, "refusal", None)
-        text = refusal or choice.message.content or ""
+        # Half a surrogate pair, which JSON allows, is no text that could be stored.
+        text = (refusal or choice.message.content or "").encode(errors="replace").decode()
         usage = completion.usage
+        counted = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
         # Servers that do not count tokens: from above, as the budget must hold.
         most = (prompt.text_bytes + _TEMPLATE_TOKENS + self._image_tokens(prompt), len(text.encode()))
-        input_tokens, output_tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else most
+        input_tokens, output_tokens = (
+            limit if tokens is None else tokens for tokens, limit in zip(counted, most, strict=True)
+        )
         cost = self.settings.cost(input_tokens, output_tokens)
         return Reply(text, "refusal" if refusal else choice.finish_reason or "", input_tokens, output_tokens, cost)
 
-    def _failure(self, error: Exception) -> "_Failure":
-        """What an exception means for the request, for the run and for the money."""
+    def _failure(self, error: Exception, sent: Mapping[str, Any]) -> "_Failure":
+        """What an exception means for the request, for the run and for the money; `sent` are the request's extras."""
         import openai
 
         if isinstance(error, openai.APITimeoutError):
             return _Failure("time-outs", f"no reply within {self.settings.timeout_s:g} s", charged=True)
         if isinstance(error, openai.APIStatusError):
-            return self._refusal(error)
+            return self._refusal(error, sent)
         if isinstance(error, openai.APIConnectionError):
             cause = type(error.__cause__).__name__
             if cause in ("ConnectError", "ConnectTimeout"):
@@ -228,7 +247,7 @@ class Endpoint:
             return _Failure("unreadable responses", f"the response is no chat completion ({error})", charged=True)
         raise error
 
-    def _refusal(self, error: Any) -> "_Failure":
+    def _refusal(self, error: Any, sent: Mapping[str, Any]) -> "_Failure":
         """What a status of 400 or above means."""
         body = error.body if isinstance(error.body, dict) else {}
         status, text = error.status_code, f"{error.status_code}, {_one_line(str(body.get('message') or error.message))}"
@@ -236,15 +255,18 @@ class Endpoint:
             return _Failure("rate limits", text, retry_after_s=_retry_after_s(error.response.headers))
         if status in (408, 409, 425) or status >= 500:
             return _Failure("server errors", text, retry_after_s=_retry_after_s(error.response.headers))
-        if status in (400, 422) and self._drop_what_is_unknown(text):
-            return _Failure("settings the server does not know", text)
+        if status in (400, 422) and self._drop_what_is_unknown(text, sent):
+            return _Failure(_UNKNOWN, text)
         return _Failure("refused requests", text, final=True, stops_all=status in (401, 402, 404, 429))
 
-    def _drop_what_is_unknown(self, text: str) -> bool:
-        """Whether the refusal is for a part of the request that can be written otherwise, which it then is."""
-        if self._with_schema and any(word in text for word in ("response_format", "json_schema", "schema")):
+    def _drop_what_is_unknown(self, text: str, sent: Mapping[str, Any]) -> bool:
+        """Whether the refusal is for a part of what was sent that can be written otherwise, which it is from now on.
+
+        Others that were sent at the same time are refused for it too.
+        """
+        if "response_format" in sent and any(word in text for word in ("response_format", "json_schema", "schema")):
             self._with_schema = False
-        elif self._limit_field == "max_tokens" and "max_completion_tokens" in text:
+        elif "max_tokens" in sent and "max_completion_tokens" in text:
             self._limit_field = "max_completion_tokens"
         else:
             return False
@@ -255,8 +277,8 @@ class Endpoint:
         lost = f", {spent.unanswered:.4g} held back for requests without a reply" if spent.unanswered else ""
         return (
             f"the budget of {self._ledger.max_cost:.4g} is used up: {spent.paid:.4g} paid{lost}, and the next request "
-            f"may cost {self._upper_cost(prompt):.4g}. Every reply is kept in {self._ledger.folder}: run the same "
-            "command with a larger --max-cost to go on."
+            f"may cost {self._upper_cost(prompt):.4g}. Every reply is kept in {self._ledger.folder}: to go on, run "
+            "the same command with a larger budget (max_cost in the file of settings, or --max-cost)."
         )
 
 
@@ -266,7 +288,7 @@ _BACKOFF_S, _LONGEST_BACKOFF_S = 1.0, 60.0
 _TEMPLATE_TOKENS = 64
 """What a server's chat template adds around the words, from above."""
 
-_UNREACHABLE = "no connection"
+_UNREACHABLE, _UNKNOWN = "no connection", "settings the server does not know"
 
 
 @dataclass(frozen=True)

@@ -77,12 +77,19 @@ HERE = Here()
 ENGINES = {"here": HERE, "ray": OnRay()}
 
 
-def _joined() -> Any:
+def require_ray() -> None:
+    """Raises MissingExtraError without Ray."""
     try:
-        import ray
-        from ray.data import DataContext
+        import ray.data  # noqa: F401
     except ImportError as error:
         raise MissingExtraError('engine = "ray" needs Ray; in a clone: pip install ".[cluster]"') from error
+
+
+def _joined() -> Any:
+    require_ray()
+    import ray
+    from ray.data import DataContext
+
     if not ray.is_initialized():
         ray.init(logging_level=logging.ERROR, include_dashboard=False)
     context = DataContext.get_current()
@@ -105,7 +112,7 @@ class _SharedLedger(Ledger):
 
     def __init__(self, folder: Path, max_cost: float, actor: Any) -> None:
         self.folder, self.max_cost = folder, max_cost
-        self.open_requests = 0
+        self.open_requests = self.ended_requests = 0
         self._lock = threading.Lock()
         self._actor = actor
 
@@ -126,20 +133,21 @@ class _SharedLedger(Ledger):
 
     def reserve(self, cost: float) -> bool:
         taken: bool = self._asked("reserve", cost)
-        self._count(int(taken))
+        with self._lock:
+            self.open_requests += taken
         return taken
 
     def release(self, reserved: float) -> None:
         self._asked("release", reserved)
-        self._count(-1)
+        self._end()
 
     def abandon(self) -> None:
         self._asked("abandon")
-        self._count(-1)
+        self._end()
 
     def record(self, key: str, model: str, reply: Reply, reserved: float) -> Reply:
         kept: Reply = self._asked("record", key, model, reply, reserved)
-        self._count(-1)
+        self._end()
         return kept
 
     def _asked(self, name: str, *values: Any) -> Any:
@@ -147,6 +155,6 @@ class _SharedLedger(Ledger):
 
         return ray.get(getattr(self._actor, name).remote(*values))
 
-    def _count(self, change: int) -> None:
+    def _end(self) -> None:
         with self._lock:
-            self.open_requests += change
+            super()._end()

@@ -60,7 +60,7 @@ class Ledger:
 
     def __init__(self, folder: Path, max_cost: float = math.inf) -> None:
         self.folder, self.max_cost = folder, max_cost
-        self.open_requests = 0
+        self.open_requests = self.ended_requests = 0
         self._lock = threading.Lock()
         with self._told():
             folder.mkdir(parents=True, exist_ok=True)
@@ -107,12 +107,12 @@ class Ledger:
         """Give back what was taken for a request that was not charged."""
         with self._changing() as database:
             database.execute("UPDATE purse SET taken = taken - ?", (reserved,))
-            self.open_requests -= 1
+            self._end()
 
     def abandon(self) -> None:
         """End a request that has no reply and may have been charged: what was taken for it stays taken."""
         with self._changing():
-            self.open_requests -= 1
+            self._end()
 
     def record(self, key: str, model: str, reply: Reply, reserved: float) -> Reply:
         """Keep a reply, with its cost in place of what was taken for it; gives what is now kept under the key.
@@ -131,9 +131,14 @@ class Ledger:
             database.execute(
                 "UPDATE purse SET taken = taken - ? + ?, paid = paid + ?", (reserved, reply.cost, reply.cost)
             )
-            self.open_requests -= 1
+            self._end()
             row = database.execute(f"SELECT {_REPLY} FROM replies WHERE key = ?", (key,)).fetchone()
         return Reply(*row)
+
+    def _end(self) -> None:
+        # In this order: who sees that none is open sees that one has ended.
+        self.ended_requests += 1
+        self.open_requests -= 1
 
     def _row(self, question: str, *values: str) -> Any:
         with self._told(), self._lock:

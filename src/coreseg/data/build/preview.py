@@ -91,8 +91,9 @@ def _asks(sample: Sample, config: TeacherConfig) -> Iterator[_Ask]:
         prompt = thought_prompt(sample, described)
         yield _Ask(config.teacher, prompt, False, _DESCRIPTION_TOKENS, _THOUGHT_TOKENS, config.attempts)
     if config.judge is not None:
-        # A judge that writes no judgement is asked again, each time that there is a text.
+        # A judge that writes no judgement is asked again, each time that a text is written.
         written = sample if config.teacher is None else replace(sample, reasoning="(from the second reply)")
         quoted = 0 if config.teacher is None else _THOUGHT_TOKENS
         prompt = judge_prompt(written, None)
-        yield _Ask(config.judge, prompt, True, quoted, _JUDGEMENT_TOKENS, config.attempts**2)
+        texts = 1 if config.teacher is None else config.attempts
+        yield _Ask(config.judge, prompt, True, quoted, _JUDGEMENT_TOKENS, texts * config.attempts)

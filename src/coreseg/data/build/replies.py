@@ -18,10 +18,17 @@ except ImportError as error:
     ) from error
 
 
+def _writable(text: str) -> str:
+    # Half a surrogate pair, which JSON allows, can be stored nowhere.
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError("is no text")
+    return text
+
+
 def _said(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty")
-    return text
+    return _writable(text)
 
 
 def _share(score: float) -> float:
@@ -32,6 +39,7 @@ def _share(score: float) -> float:
 
 # Validators and not limits of the schema: servers that guide decoding by a schema know few of its words.
 _Text = Annotated[str, AfterValidator(_said)]
+_Note = Annotated[str, AfterValidator(_writable)]
 _Score = Annotated[float, AfterValidator(_share)]
 
 
@@ -58,7 +66,7 @@ class Judgement(_Reply):
     normal_anatomy: _Score
     lesion: _Score
     reasoning: _Score
-    criticism: str
+    criticism: _Note
 
 
 Kind = TypeVar("Kind", bound=_Reply)

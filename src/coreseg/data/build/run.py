@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,6 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from coreseg.config import require
+from coreseg.data.build.endpoint import UNANSWERED
 from coreseg.data.build.engine import HERE, Here
 from coreseg.data.build.ledger import Ledger, Spent
 from coreseg.data.build.settings import TeacherConfig
@@ -201,9 +203,10 @@ def describe_set(
 
     Stopped at any moment, it leaves no new set behind, and run again it pays for no reply a second time. Raises
     DataError where `out` is not empty or cannot be written, ConfigError for settings that do not go together,
-    MissingExtraError without the extra `build`, TeacherError where the teacher answers no more or the budget is used
-    up: the message says how many rows were done.
+    MissingExtraError without the extra `build`, TeacherError where the teacher answers no more, at the end where it did
+    not answer for some rows, or the budget is used up: the message says how many rows were done.
     """
+    require(seed >= 0, "seed", seed, "0 or more")
     pictures = LesionSet(source.root, ())
     if config is None:
         from coreseg.data.build.describe import describe_rows as measure
@@ -257,9 +260,11 @@ def write_outcomes(
     """Write what a stage made of the rows of `source`, wherever it ran, as a new set in `out`, with its report.
 
     `settings` go into the report; the money is read from `ledger`. Raises DataError where `out` is not empty or cannot
-    be written, and what the stage raises, with the number of rows done; then nothing is left in `out`.
+    be written, TeacherError where rows had no answer for a reason that time may mend, and what the stage raises, with
+    the number of rows done; then nothing is left in `out`.
     """
     started, counts, total = time.monotonic(), _Counts(), len(source.samples)
+    unanswered: list[Outcome] = []
     bar = tqdm(total=total, unit="row", disable=not progress)
     with ExitStack() as stack:
         written = stack.enter_context(DerivedSet(source, out))
@@ -270,13 +275,25 @@ def write_outcomes(
             for outcome in outcomes:
                 written.add(outcome)
                 counts.add(outcome)
+                unanswered += [outcome] if outcome.traffic[UNANSWERED] else []
                 bar.set_postfix(_postfix(counts, ledger), refresh=False)
                 bar.update()
         except TeacherError as error:
             raise TeacherError(f"{counts.rows} of {total} rows done, {total - counts.rows} left: {error}") from error
+        if unanswered:
+            raise TeacherError(_unanswered(unanswered, total))
         report = counts.report(settings, ledger.spent() if ledger else None, time.monotonic() - started)
         written.report(report)
     return report
+
+
+def _unanswered(outcomes: Sequence[Outcome], total: int) -> str:
+    named = ", ".join(outcome.sample.file_name for outcome in outcomes[:3]) + (", …" if len(outcomes) > 3 else "")
+    return (
+        f"{total - len(outcomes)} of {total} rows done, {len(outcomes)} left without a reply ({named}): "
+        f"{outcomes[0].faults[0].text}. Nothing is written yet. Run the same command again when the endpoint answers: "
+        "the replies that came are kept. A row that never gets one must leave the data set."
+    )
 
 
 def _postfix(counts: _Counts, ledger: Ledger | None) -> dict[str, Any]:

@@ -89,11 +89,8 @@ class TeacherConfig:
         """Those that are set."""
         return tuple(each for each in (self.teacher, self.judge) if each is not None)
 
-    def open_ledger(self) -> Ledger:
-        """The ledger of `cache`, with the budget.
-
-        Raises ConfigError where prices and budget do not go together, DataError where the folder cannot be used.
-        """
+    def check_budget(self) -> None:
+        """Raises ConfigError where prices and budget do not go together."""
         costs = any(each.costs for each in self.endpoints)
         if costs and self.max_cost is None:
             raise ConfigError(
@@ -104,4 +101,11 @@ class TeacherConfig:
                 f"the budget is {self.max_cost:g}, but no price is set, so nothing would count; expected input_price "
                 "and output_price of a million tokens in the tables of teacher and judge"
             )
+
+    def open_ledger(self) -> Ledger:
+        """The ledger of `cache`, with the budget.
+
+        Raises ConfigError where prices and budget do not go together, DataError where the folder cannot be used.
+        """
+        self.check_budget()
         return Ledger(Path(self.cache), math.inf if self.max_cost is None else self.max_cost)
