@@ -83,7 +83,7 @@ def test_a_cluster_counts_its_processors_itself(source: Path, tmp_path: Path) ->
 
 def test_a_build_that_died_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_for(source, tmp_path / "out")
-    whole = files(build(replace(config, out=str(tmp_path / "whole")), progress=False))
+    whole = files(build(replace(config, out=str(tmp_path / "whole" / "out")), progress=False))
     for where in ("review_set", "write_manifest", "write_card", "_write_manifest"):
         with monkeypatch.context() as patch:
 

@@ -268,7 +268,10 @@ def _facts(folder: Path) -> dict[str, Any]:
     """What a stage's own report says beyond counts of rows."""
     if (file := folder / REPORT).is_file():
         report = json.loads(file.read_text(encoding="utf-8"))
-        return {name: report[name] for name in ("because", "met", "written", "scores") if report[name]}
+        told = {name: report[name] for name in ("because", "met", "written", "scores") if report[name]}
+        if set(told.get("written", ())) == {"0"}:  # nobody wrote, so that is what every row says
+            told.pop("written")
+        return told
     if (file := folder / SUMMARY).is_file():
         summary = json.loads(file.read_text(encoding="utf-8"))
         return {group: f"{cut['out']} of {cut['in']} ({cut['rule']})" for group, cut in summary["cuts"].items()}

@@ -67,6 +67,12 @@ def write_card(
         raise DataError(f"{page}: the card cannot be written ({error}). Check space and permissions.") from error
 
 
+def name_of(lesions: LesionSet) -> str:
+    """What a card calls a set: its folder's name, of a build's `set` the build's."""
+    folder = lesions.root.resolve()
+    return folder.parent.name if folder.name == "set" else folder.name
+
+
 def counts(samples: Iterable[Sample], part: str) -> list[tuple[str, int]]:
     """Rows by one of a row's fields, most first."""
     return Counter(str(getattr(sample, part)) for sample in samples).most_common()
@@ -96,7 +102,7 @@ def _told(facts: dict[str, Any]) -> str:
 
 
 def _markdown(lesions: LesionSet, stages: Sequence[Stage], rejected: Sequence[Rejected]) -> str:
-    lines = [f"# {lesions.root.name}", ""]
+    lines = [f"# {name_of(lesions)}", ""]
     lines += [f"- {name}: {value}" for name, value in _facts(lesions).items()]
     lines += ["", "## How it was made", "", *_table(("stage", "in", "out", ""), _stage_rows(stages))]
     for part in _PARTS:
@@ -116,7 +122,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 
 def _html(lesions: LesionSet, stages: Sequence[Stage], rejected: Sequence[Rejected]) -> str:
-    name = html.escape(lesions.root.name)
+    name = html.escape(name_of(lesions))
     shown = [_figure(lesions, sample, sample.query, sample.reasoning) for sample in evenly(lesions.samples, EXAMPLES)]
     thrown = [_figure(r.lesions, r.sample, "", r.reason, "why") for r in evenly(rejected, EXAMPLES)]
     body = [
