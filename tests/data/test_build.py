@@ -311,7 +311,7 @@ def test_a_cluster_that_loses_a_machine_builds_the_same(
 
             def built(name: str, on: str) -> dict[str, bytes]:
                 teacher = TeacherConfig(teacher=settings, cache=str(tmp_path / f"cache-{name}"))
-                config = config_for(source, tmp_path / name, filter=None, describe=teacher, engine=on)
+                config = config_for(source, tmp_path / name / "out", filter=None, describe=teacher, engine=on)
                 return files(build(config, progress=False))
 
             whole_took = 10**9
