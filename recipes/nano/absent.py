@@ -34,6 +34,7 @@ if __name__ == "__main__":
     anatomy_of = {(sample.anatomy, sample.category) for sample in lesions.samples}
     written = []
     with new_set(options.out) as root:
+        (root / "masks").mkdir(exist_ok=True)
         for sample in {sample.file_name: sample for sample in rows}.values():
             elsewhere = sorted({name for anatomy, name in anatomy_of if anatomy != sample.anatomy})
             category = str(rng.choice(elsewhere)) if options.far else NEAR.get(sample.category)
