@@ -299,9 +299,9 @@ def contradictions(text: str, true: Mapping[str, Collection[str]]) -> tuple[Cont
 
     Sizes, shapes and counts may be a step off. Where there are several lesions, a text may tell of one here and one
     there: a side or place is refuted where none that it names is true, left with right meaning both and upper with
-    lower spread; and "one" beside a true count of two or more is one of them. An empty mask refutes every statement. A denial
-    is refuted where all that counts as true is denied; of side and place only where there is one lesion, and never of
-    the count.
+    lower spread; and "one" beside a true count of two or more is one of them. An empty mask refutes every statement. A
+    denial is refuted where all that counts as true is denied; of side and place only where there is one lesion, and
+    never of the count.
     """
     nothing_there = "none" in true.get("count", ())
     found = []

@@ -38,6 +38,8 @@ class SetWriter:
 
     def __init__(self, root: Path, seed: int, describe: Describe, *, with_prints: bool) -> None:
         self._root, self._seed, self._describe, self._with_prints = root, seed, describe, with_prints
+        for folder in ("images", "masks"):
+            (root / folder).mkdir()
         self.refused: list[Refusal] = []
         self.prints: dict[str, Fingerprint] = {}
         self._names: Counter[str] = Counter()

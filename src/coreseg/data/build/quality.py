@@ -144,7 +144,8 @@ class Facts:
 def pixel_faults(text: str, facts: Facts, category: str = "lesion") -> list[Fault]:
     """The statements of a text that the pixels contradict, each with its sentence and the measured value.
 
-    The category's name states nothing. On an empty mask every statement about a lesion is wrong. What the mask is too small to tell is not judged.
+    The category's name states nothing. On an empty mask every statement about a lesion is wrong. What the mask is too
+    small to tell is not judged.
     """
     sentences = [sentence.strip() for sentence in re.findall(r"[^.;:!?\n]+", text)]
     faults = []
