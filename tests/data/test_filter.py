@@ -346,7 +346,29 @@ def test_rows_of_one_case_cannot_be_scored_by_others(lesions: LesionSet, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("text", [None, "{", '{"file_name": "x"}', "[1]", "\udcff"])
+ROW_OF_SCORES = {
+    "file_name": "x",
+    "category": "cyst",
+    "source": "a",
+    "group": "a",
+    "fold": 0,
+    "dice": 0.5,
+    "ease": None,
+}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "{",
+        '{"file_name": "x"}',
+        "[1]",
+        "\udcff",
+        json.dumps(ROW_OF_SCORES | {"file_name": ["x"]}),
+        json.dumps(ROW_OF_SCORES | {"ease": "0.5"}),
+    ],
+)
 def test_a_file_without_scores_is_one_error(lesions: LesionSet, tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "scores.jsonl"
     if text is not None:
