@@ -28,7 +28,7 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE
 
 
 def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A user's mistake is one line on standard error and exit code 2; so is a full disk, or a folder not to be written."""
+    """A user's mistake is one line on standard error and exit code 2; so is a full or read-only disk."""
 
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
