@@ -17,7 +17,9 @@ from pydicom.dataset import Dataset
 from pydicom.uid import JPEGLosslessSV1
 from scans import WINDOW, Laid, contents, lay, picture, rows_of, save, segmentation, series
 
+from coreseg.data.dicom import _scan
 from coreseg.data.dicom_headers import frames_of
+from coreseg.data.pictures import Refusal
 from coreseg.data.store import LesionSet
 from coreseg.data.volumes import Slicing
 from coreseg.errors import MissingExtraError
@@ -348,7 +350,9 @@ def test_of_a_file_whose_header_breaks_no_frame_is_kept(tmp_path: Path, monkeypa
         raise ValueError("no position")
 
     monkeypatch.setattr("coreseg.data.dicom.frames_of", breaking)
-    assert "a damaged DICOM file (no position)" in refusal(tmp_path / "clip")
+    refused: list[Refusal] = []
+    stacks, _ = _scan(tmp_path / "clip", refused)
+    assert stacks == [] and "no position" in refused[0].reason
 
 
 def test_a_compression_that_needs_a_plugin_is_one_error(tmp_path: Path, laid: Laid) -> None:
