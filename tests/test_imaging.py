@@ -74,12 +74,14 @@ def test_exif_orientation_is_applied(rgb: np.ndarray, tmp_path: Path, orientatio
         7: np.rot90(rgb, 2).transpose(1, 0, 2),
         8: np.rot90(rgb, -1),
     }[orientation]
-    path = tmp_path / "turned.png"
-    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
-    assert np.array_equal(read_image(path), rgb)
-    header = read_header(path)
-    assert header.orientation == orientation
-    assert header.size_wh == (WIDTH, HEIGHT)
+    for name in ("turned.png", "turned.tif"):
+        path = tmp_path / name
+        Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
+        assert np.array_equal(read_image(path), rgb)
+        header = read_header(path)
+        assert header.orientation == orientation
+        assert header.stored_size_wh == stored.shape[1::-1]
+        assert header.size_wh == (WIDTH, HEIGHT)
 
 
 def test_transparency_shows_black(rgb: np.ndarray, tmp_path: Path) -> None:

@@ -450,7 +450,7 @@ class Trial:
 
 def faulty(text: str, row: Row) -> bool:
     """Whether review, without a judge, finds something wrong."""
-    return bool(text_faults(text, row.category) or pixel_faults(text, row.facts))
+    return bool(text_faults(text, row.category) or pixel_faults(text, row.facts, row.category))
 
 
 def plant_all(rows: Iterable[Row], seed: int) -> Trial:

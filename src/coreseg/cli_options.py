@@ -1,5 +1,6 @@
 """What commands share: options, and how a user's mistake is told."""
 
+import errno
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -27,7 +28,7 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE
 
 
 def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A user's mistake, a folder that cannot be written included, is one line on standard error and exit code 2."""
+    """A user's mistake is one line on standard error and exit code 2; so is a full or read-only disk."""
 
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -37,9 +38,13 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error
         except OSError as error:
-            if error.filename is None:
+            if error.filename is not None:
+                told = f"{error.filename}: {error.strerror}. Check the path and its permissions."
+            elif error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                told = f"{error.strerror}. Free some space, or write elsewhere."
+            else:
                 raise
-            typer.echo(f"error: {error.filename}: {error.strerror}. Check the path and its permissions.", err=True)
+            typer.echo(f"error: {told}", err=True)
             raise typer.Exit(2) from error
 
     return guarded

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped, UInt8
-from PIL import ExifTags, Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from scipy import ndimage
 
 from coreseg.errors import InputError
@@ -98,7 +98,10 @@ def read_header(path: str | Path) -> Header:
     """
     with _opened(Path(path)) as picture, _decoding(str(path)):
         orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-        return Header(picture.format or "", orientation if orientation in range(1, 9) else 1, picture.size)
+        # Pillow gives the size of a turned TIFF as it is upright.
+        tags = picture.tag_v2 if isinstance(picture, TiffImagePlugin.TiffImageFile) else None
+        stored_size_wh = (tags[256], tags[257]) if tags else picture.size
+        return Header(picture.format or "", orientation if orientation in range(1, 9) else 1, stored_size_wh)
 
 
 def read_mask(path: str | Path, *, binary: bool = False) -> Bool[np.ndarray, "height width"]:

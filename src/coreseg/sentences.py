@@ -59,7 +59,7 @@ _NOWHERE = rf"(?= ?(?:$|,|here\b|in (?:the|this) {_FRAME}))"
 def _one_side(side: str) -> str:
     return (
         rf"{side}{_PART}|{_TOWARDS}{side}{_BODY}|(?:upper|lower|top|bottom|middle|mid) {side}{_BODY}|{side}most|"
-        rf"{side} of {_MIDDLE}"
+        rf"{side} of (?:{_MIDDLE}|it)"
     )
 
 

@@ -298,16 +298,23 @@ def contradictions(text: str, true: Mapping[str, Collection[str]]) -> tuple[Cont
     """What a text by anybody says against `accepted_all` of a mask; more lenient than `holds`, made for our own texts.
 
     Sizes, shapes and counts may be a step off. Where there are several lesions, a text may tell of one here and one
-    there: a side or place is refuted where none that it names is true. An empty mask refutes every statement. A denial
-    is refuted where all that counts as true is denied; of side and place only where there is one lesion, and never of
-    the count.
+    there: a side or place is refuted where none that it names is true, left with right meaning both and upper with
+    lower spread; and "one" beside a true count of two or more is one of them. An empty mask refutes every statement. A
+    denial is refuted where all that counts as true is denied; of side and place only where there is one lesion, and
+    never of the count.
     """
     nothing_there = "none" in true.get("count", ())
     found = []
     for kind, stated in find_all(text).items():
         fits = set(true.get(kind, ()))
         fits |= {near for value in fits for near in NEAR.get(kind, {}).get(value, ())}
-        in_parts = kind in ("side", "place") and "one" not in true.get("count", ()) and bool(stated & fits)
+        if kind == "count" and stated & (fits - {"none", "one"}):
+            stated -= {"one"}
+        told = set(stated)
+        if kind in ("side", "place"):
+            low, _, high, both = VALUES[kind]
+            told |= {both} if {low, high} <= stated else set()
+        in_parts = kind in ("side", "place") and "one" not in true.get("count", ()) and bool(told & fits)
         if (kind in true or nothing_there) and stated - fits and not in_parts:
             found.append(Contradiction(kind, frozenset(stated), frozenset(true.get(kind, ()))))
     for kind in KINDS:

@@ -136,6 +136,8 @@ def test_polygons_of_other_shapes() -> None:
         ([[50, 1, 60, 1, 60, 9]], "outside the image"),
         ({"size": [HEIGHT, WIDTH], "counts": [5, 5]}, "do not add up"),
         ({"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH + 5, -5]}, "do not add up"),
+        ({"size": [HEIGHT, WIDTH], "counts": [2**63 - 1, 2**63 - 1, 2 + HEIGHT * WIDTH]}, "do not add up"),
+        ({"size": [HEIGHT, WIDTH], "counts": [2**70]}, "do not add up"),
         ({"size": [WIDTH, HEIGHT], "counts": [HEIGHT * WIDTH]}, "its size is"),
     ],
 )
@@ -177,6 +179,15 @@ def test_images_without_annotation_are_kept_where_asked_for(root: Path) -> None:
     assert {row.category for row in empty} == {"breast tumor", "cyst"} and {row.file_name for row in empty} == {
         "images/mine_scan3.png"
     }
+
+
+def test_an_empty_image_without_a_size_is_set_aside(root: Path, told: dict[str, Any]) -> None:
+    del told["images"][3]["height"]
+    write(root, told)
+    report, lesion_set = imported(root, slicing=Slicing(keep_empty=True))
+    assert len(lesion_set.samples) == 3
+    (refused,) = report.refused
+    assert refused.path.name == "scan3.png" and "height and width" in refused.reason
 
 
 def test_splits_and_cases_by_name(root: Path, told: dict[str, Any]) -> None:
@@ -256,6 +267,7 @@ def test_json_of_another_form(root: Path, told: dict[str, Any]) -> None:
         {**told, "annotations": [annotation(0, 99, [SQUARE])]},
         {**told, "annotations": [annotation(0, 0, [SQUARE], category=99)]},
         {**told, "images": [{"id": 0}]},
+        {**told, "images": [{"id": number, "file_name": 5} for number in range(4)]},
         {**told, "categories": "none"},
     ):
         write(root, broken)

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from pydicom.dataset import Dataset
 from pydicom.uid import JPEGLosslessSV1
 from scans import WINDOW, Laid, contents, lay, picture, rows_of, save, segmentation, series
 
+from coreseg.data.dicom import _scan
+from coreseg.data.dicom_headers import frames_of
+from coreseg.data.pictures import Refusal
 from coreseg.data.store import LesionSet
 from coreseg.data.volumes import Slicing
 from coreseg.errors import MissingExtraError
@@ -335,6 +339,20 @@ def test_damaged_pixels_are_set_aside(tmp_path: Path, laid: Laid) -> None:
     slices[3].PixelData = slices[3].PixelData[:100]
     save(tmp_path / "study" / "Anna Müller" / "CT", slices)
     assert "cannot be decoded" in refusal(tmp_path / "study")
+
+
+def test_of_a_file_whose_header_breaks_no_frame_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = picture(np.zeros((6, 12, 16, 3), dtype=np.uint8), Modality="US")
+    save(tmp_path / "clip", [clip, clip_mask(clip, ramp()[1], 4)])
+
+    def breaking(dataset: Dataset, path: Path) -> Iterator[object]:
+        yield from frames_of(dataset, path)
+        raise ValueError("no position")
+
+    monkeypatch.setattr("coreseg.data.dicom.frames_of", breaking)
+    refused: list[Refusal] = []
+    stacks, _ = _scan(tmp_path / "clip", refused)
+    assert stacks == [] and "no position" in refused[0].reason
 
 
 def test_a_compression_that_needs_a_plugin_is_one_error(tmp_path: Path, laid: Laid) -> None:

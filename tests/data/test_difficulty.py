@@ -161,8 +161,9 @@ def test_the_knee_of_a_noisy_curve_is_still_the_corner() -> None:
         np.sort(np.random.default_rng(1).random(400)),
         np.linspace(0, 1, 60) ** 3,
         np.concatenate([np.zeros(50), np.linspace(0, 0.5, 10)]),
+        np.concatenate([np.full(1001, 0.5), [0.9]]),
     ],
-    ids=["straight", "straight with noise", "hollow", "zeros first"],
+    ids=["straight", "straight with noise", "hollow", "zeros first", "equal but for the last"],
 )
 def test_a_curve_without_a_knee_has_none(curve: np.ndarray) -> None:
     assert find_knee(curve) is None

@@ -251,8 +251,8 @@ def test_a_run_killed_while_writing_leaves_nothing_in_the_output(
         with pytest.raises(Killed):
             run(lesions, tmp_path / "hard")
     assert [path.name for path in tmp_path.iterdir()] == [".hard.filtering"]
-    (tmp_path / ".hard.filtering/set").mkdir()
-    (tmp_path / ".hard.filtering/set/half.png").write_text("")  # as kill -9 would leave it
+    (tmp_path / ".hard.partial").mkdir()
+    (tmp_path / ".hard.partial/half.png").write_text("")  # as kill -9 would leave it
     run(lesions, tmp_path / "hard", train=scripted)
     assert [path.name for path in tmp_path.iterdir()] == ["hard"]
     run(lesions, tmp_path / "other")
@@ -268,6 +268,23 @@ def test_an_unfinished_run_with_other_settings_is_refused(lesions: LesionSet, tm
     with pytest.raises(ConfigError, match=r"steps was 300, is 7\).*delete that folder"):
         run(lesions, tmp_path / "hard", replace(SETTINGS, steps=7))
     run(lesions, tmp_path / "hard", replace(SETTINGS, keep_share=0.5))
+
+
+def test_an_unfinished_run_is_not_lost_to_a_filter_without_training(lesions: LesionSet, tmp_path: Path) -> None:
+    def train(lesions: LesionSet, settings: FilterSettings, work: Path, fold: Fold) -> list[float]:
+        if fold.number:
+            raise Killed
+        return scripted(lesions, settings, work, fold)
+
+    run(lesions, tmp_path / "other")
+    with pytest.raises(Killed):
+        run(lesions, tmp_path / "hard", train=train)
+    before = contents(tmp_path / ".hard.filtering")
+    for scores in (None, tmp_path / "other" / "scores.jsonl"):
+        settings = replace(SETTINGS, proxy=not scores)
+        with pytest.raises(ConfigError, match="unfinished"):
+            filter_set(lesions, tmp_path / "hard", settings, scores=scores, progress=False)
+    assert contents(tmp_path / ".hard.filtering") == before != {}
 
 
 def test_folds_may_be_mapped_by_a_pool(lesions: LesionSet, tmp_path: Path) -> None:
@@ -329,7 +346,29 @@ def test_rows_of_one_case_cannot_be_scored_by_others(lesions: LesionSet, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("text", [None, "{", '{"file_name": "x"}', "[1]", "\udcff"])
+ROW_OF_SCORES = {
+    "file_name": "x",
+    "category": "cyst",
+    "source": "a",
+    "group": "a",
+    "fold": 0,
+    "dice": 0.5,
+    "ease": None,
+}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "{",
+        '{"file_name": "x"}',
+        "[1]",
+        "\udcff",
+        json.dumps(ROW_OF_SCORES | {"file_name": ["x"]}),
+        json.dumps(ROW_OF_SCORES | {"ease": "0.5"}),
+    ],
+)
 def test_a_file_without_scores_is_one_error(lesions: LesionSet, tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "scores.jsonl"
     if text is not None:

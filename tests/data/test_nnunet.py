@@ -123,6 +123,14 @@ def test_a_pattern_tells_the_patient_of_several_scans(two: Path) -> None:
     assert {row.case for row in lesion_set.samples} == {"set/case"}
 
 
+def test_a_pattern_that_does_not_fit_is_told(two: Path) -> None:
+    assert "finds a patient in no picture's name" in refusal(two, case_pattern=r"^(patient)_")
+    report, lesion_set = imported(two, case_pattern=r"^case_(00000)")
+    assert {row.case for row in lesion_set.samples} == {"set/00000", ""}
+    (remark,) = report.remarks
+    assert f"no patient for {report.unknown_case} rows, such as that of 'set_case_00001" in remark.text
+
+
 def test_slices_by_area_number_and_with_empty_ones(two: Path) -> None:
     core_mm2 = 3.0 * 4
     only_large = Slicing(window=WINDOW, min_area_mm2=core_mm2 + 1, max_slices=99)

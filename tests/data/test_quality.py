@@ -10,7 +10,7 @@ import pytest
 from teacher_server import CALM, Answer, Request, TeacherServer, reply_to, well
 
 from coreseg.answer import check_reasoning, parse, render
-from coreseg.data.build.describe import describe
+from coreseg.data.build.describe import describe, describe_rows
 from coreseg.data.build.ledger import Ledger
 from coreseg.data.build.prompts import _turned_down, picture_for_teacher, prompts_digest
 from coreseg.data.build.quality import MAX_WORDS, Facts, clean, pixel_faults, review_rows, text_faults
@@ -237,6 +237,20 @@ def test_review_without_a_judge_finds_lies_and_broken_files(lesions: LesionSet) 
     assert {outcome.faults[0].kind for outcome in outcomes if outcome.faults} == {"picture", "pixels"}
     (fault,) = outcomes[right].faults
     assert "says left; measured on the mask: right" in fault.text
+
+
+@pytest.mark.parametrize(
+    "category", ["COVID-19 consolidation", "grade 3 glioma", "BI-RADS 4 mass", "well-outlined mass", "several nodules"]
+)
+def test_the_name_of_a_category_states_nothing(lesions: LesionSet, category: str) -> None:
+    rows = [replace(row, category=category) for row in lesions.samples]
+    rows = [outcome.sample for outcome in describe_rows(lesions, rows)]
+    assert all(category.lower()[:8] in row.reasoning.lower() for row in rows)
+    assert [fault for outcome in review_rows(lesions, rows) for fault in outcome.faults] == []
+    assert clean(f"A {category}") == f"A {category}"
+    lying = replace(rows[0], reasoning=f"{rows[0].reasoning} The {category} fills 40 px, outlined.")
+    (outcome,) = review_rows(lesions, [lying])
+    assert {fault.kind for fault in outcome.faults} >= {"coordinates", "marking"}
 
 
 def test_review_with_a_judge(lesions: LesionSet, tmp_path: Path) -> None:

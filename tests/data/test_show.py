@@ -1,10 +1,13 @@
 """The contact sheet."""
 
+import errno
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import typer
 
+from coreseg.cli_options import clear_errors
 from coreseg.data.show import CELL_PX, contact_sheet
 from coreseg.data.store import LesionSet
 from coreseg.errors import DataError
@@ -54,3 +57,16 @@ def test_nothing_to_show_is_refused(lesion_set: LesionSet) -> None:
         contact_sheet(lesion_set, [])
     with pytest.raises(DataError, match="0 columns"):
         contact_sheet(lesion_set, lesion_set.samples, columns=0)
+
+
+def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    @clear_errors
+    def save(code: int) -> None:
+        raise OSError(code, "What the system says")
+
+    for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        with pytest.raises(typer.Exit):
+            save(code)
+        assert capsys.readouterr().err == "error: What the system says. Free some space, or write elsewhere.\n"
+    with pytest.raises(OSError, match="What the system says"):
+        save(errno.EPIPE)

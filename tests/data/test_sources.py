@@ -223,6 +223,22 @@ def test_a_turned_jpeg_is_stored_upright(tmp_path: Path) -> None:
     assert np.abs(lesion_set.image(lesion_set.samples[0]).astype(int) - upright).mean() < 10
 
 
+@pytest.mark.parametrize("mask_turned", [False, True])
+def test_a_mask_beside_a_turned_picture_must_be_turned_alike(tmp_path: Path, mask_turned: bool) -> None:
+    folder = tmp_path / "mine"
+    add(folder, "a", "a.png")
+    add(folder, "b", "b.png")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for part in ("images", "masks")[: 1 + mask_turned]:
+        with Image.open(folder / part / "a.png") as picture:
+            picture.save(folder / part / "a.png", exif=exif)
+    report, lesion_set = imported(folder)
+    assert len(lesion_set.samples) == 1 + mask_turned
+    reasons = [refused.reason for refused in report.refused if refused.path == folder / "masks" / "a.png"]
+    assert len(reasons) == (not mask_turned) and all("EXIF orientation 3" in reason for reason in reasons)
+
+
 def test_masks_become_0_and_255(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     add(folder, "a")
@@ -415,6 +431,11 @@ def test_wrong_layouts_and_missing_facts(plain: Path, tmp_path: Path) -> None:
     assert "line 2" in refusal(plain)
     (plain / "cases.csv").write_bytes(b"image,mask\n\xe9.png,\xe9.png\n")
     assert "UTF-8" in refusal(plain)
+    (plain / "cases.csv").write_text('image,mask\n"scan0.png,scan0.png\nscan1.png,scan1.png\n')
+    assert "Close the quotes" in refusal(plain)
+    (plain / "cases.csv").unlink()
+    (plain / "set.json").write_text('{"category": ["a"]}')
+    assert "its category is ['a'], expected text" in refusal(plain)
 
 
 def test_nothing_to_import(tmp_path: Path) -> None:

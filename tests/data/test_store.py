@@ -1,6 +1,7 @@
 """The data set on disk: what opens, what is refused and in which words."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coreseg.data.store import METADATA, LesionSet, write_set
+from coreseg.data.store import METADATA, LesionSet, new_set, write_set
 from coreseg.errors import DataError
 from coreseg.imaging import write_mask
 from coreseg.masks import mask_to_boxes
@@ -162,6 +163,32 @@ def test_a_mask_fits_an_image_that_is_stored_turned(root: Path) -> None:
     exif[0x0112] = 6
     Image.fromarray(lesion_set.image(sample).transpose(1, 0, 2)).save(root / sample.file_name, exif=exif)
     assert lesion_set.image(sample).shape[:2] == lesion_set.mask(sample).shape
+
+
+def test_a_new_set_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "deep" / "out"
+    with pytest.raises(DataError, match="No space left"), new_set(out):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == [], "parents that were made are gone again"
+    out.mkdir(parents=True)
+    (out.parent / ".out.partial" / "images").mkdir(parents=True)
+    (out.parent / ".out.partial" / "half").write_text("by a run that was killed")
+    moved: list[Path] = []
+
+    def rename(path: Path, target: Path) -> None:
+        moved.append(path)
+        os.rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with new_set(out) as staging:
+        assert list(staging.iterdir()) == []
+        for name in ("a", "b"):
+            (staging / name).write_text("")
+        with pytest.raises(DataError, match="another run is writing"), new_set(out):
+            raise AssertionError
+    assert len(moved) == 1, "a kill between several would leave half a set"
+    assert sorted(path.name for path in out.iterdir()) == ["a", "b"]
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_the_image_folder_loader_of_datasets_opens_it_unchanged(

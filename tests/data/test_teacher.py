@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -25,9 +26,9 @@ from coreseg.data.build import endpoint as endpoint_module
 from coreseg.data.build.ledger import Ledger
 from coreseg.data.build.preview import estimate
 from coreseg.data.build.quality import text_faults
-from coreseg.data.build.run import describe_set, review_set
+from coreseg.data.build.run import DerivedSet, describe_set, review_set
 from coreseg.data.build.settings import EndpointSettings, TeacherConfig
-from coreseg.data.build.stage import Outcome
+from coreseg.data.build.stage import Fault, Outcome
 from coreseg.data.build.teacher import describe_rows
 from coreseg.data.store import LesionSet, write_set
 from coreseg.errors import ConfigError, DataError, TeacherError
@@ -423,6 +424,26 @@ def test_a_full_folder_and_one_that_cannot_be_written(tmp_path: Path, monkeypatc
     with pytest.raises(DataError, match=r"out: the set cannot be written .*No space left"):
         describe_set(lesions, tmp_path / "out", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "set"], "nothing half-written"
+
+
+def test_a_disk_that_is_full_when_the_files_are_closed(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    lesions = lesion_set(tmp_path / "set", 2)
+    outcome = Outcome(lesions.samples[0], (Fault("form", "too short"),))
+
+    def write() -> None:
+        with DerivedSet(lesions, tmp_path / "out") as written:
+            written.add(outcome)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(DataError, match="cannot be written"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 def test_the_measured_describer_is_the_default_and_repeats_an_import(tmp_path: Path) -> None:

@@ -120,6 +120,9 @@ def read_annotations(path: Path, root: Path) -> Annotations:
         told = json.loads(path.read_text(encoding="utf-8"))
         categories = {each["id"]: str(each["name"]) for each in told["categories"]}
         images = {each["id"]: each for each in told["images"] if each["file_name"]}
+        for each in images.values():
+            if not isinstance(each["file_name"], str):
+                raise TypeError(f"the file_name {each['file_name']!r} is no text")
         of_image: dict[int, list[Mapping[str, Any]]] = {number: [] for number in images}
         for each in told["annotations"]:
             of_image[each["image_id"]].append(each)
@@ -169,12 +172,16 @@ def _annotated(
         try:
             mask = decode(annotation.get("segmentation"), int(image["height"]), int(image["width"]))
             masks.setdefault(category, []).append(mask)
-        except (InputError, KeyError, ValueError, TypeError) as error:
+        except (InputError, KeyError, ValueError, TypeError, OverflowError) as error:
             # Part of a category's lesions would be a wrong mask.
             spoilt.add(category)
             yield Refusal(path, f"annotation {annotation.get('id')} of {file.path.name} cannot be drawn: {error}")
     if not annotations and keep_empty:
-        empty = np.zeros((int(image["height"]), int(image["width"])), dtype=bool)
+        try:
+            empty = np.zeros((int(image["height"]), int(image["width"])), dtype=bool)
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
+            yield Refusal(path, f"{file.path.name} does not tell its height and width in pixels: {error}. Add them.")
+            return
         masks = {category: [empty] for category in wanted.values()}
     drawn = {category: tuple(parts) for category, parts in masks.items() if category not in spoilt}
     if drawn:
@@ -224,11 +231,13 @@ def _inflate(counts: str) -> list[int]:
 
 
 def _from_runs(runs: Sequence[int], height: int, width: int) -> Bool[np.ndarray, "height width"]:
-    lengths = np.asarray(runs, dtype=np.int64)
-    if lengths.ndim != 1 or lengths.sum() != height * width or (lengths < 0).any():
+    lengths = np.asarray(runs)
+    # Whole numbers beyond 64 bits are left as objects, and would wrap round in a sum.
+    fits = lengths.ndim == 1 and bool(((lengths >= 0) & (lengths <= height * width)).all())
+    if not fits or lengths.astype(np.int64).sum() != height * width:
         raise InputError(f"its runs do not add up to the {height * width} pixels of the image.")
     # Background and lesion take turns, down one column after another.
-    values = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
+    values = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths.astype(np.int64))
     return np.ascontiguousarray(values.reshape(width, height).T)
 
 

@@ -149,7 +149,7 @@ def _scan(source: Path, refused: list[Refusal]) -> tuple[list[Stack], list[Segme
             elif kind == _CONTOURS:
                 refused.append(Refusal(path, "contours (RTSTRUCT) are not read. Convert them to DICOM-SEG."))
             elif "Rows" in dataset:
-                frames += frames_of(dataset, path)
+                frames += list(frames_of(dataset, path))  # all of a file or none
         except InvalidDicomError:
             if path.suffix.lower() in _ENDINGS:
                 refused.append(Refusal(path, "no DICOM, whatever its name says. Copy or export it again."))

@@ -130,13 +130,19 @@ def _read_table(table: Path) -> list[dict[str, str]]:
         text = table.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{table}: no UTF-8 text ({error}). Save the table as UTF-8 CSV.") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise DataError(
+            f"{table}: no CSV as far as line {reader.line_num} ({error}). Close the quotes there."
+        ) from error
     if not {"image", "mask"} <= set(reader.fieldnames or ()):
         raise DataError(
             f"{table}: its columns are {', '.join(reader.fieldnames or ())}, expected image and mask, and at will "
             "split, case and category. Name them in the first line, with commas between."
         )
-    return [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
+    return [{key: (value or "").strip() for key, value in row.items() if key} for row in rows]
 
 
 def _from_rows(folder: SetFolder, image: str, rows: list[dict[str, str]]) -> Picture:

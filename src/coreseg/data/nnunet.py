@@ -99,7 +99,7 @@ def find_volumes(
 
     def pictures() -> Iterator[Picture | Refusal | Remark]:
         for case_id, image in images.items():
-            case = find_case(folder, case_id, pattern) or f"{folder.name}/{case_id}"
+            case = find_case(folder, case_id, pattern) if pattern else f"{folder.name}/{case_id}"
             yield from _slices(image, labels[case_id], index, wanted, limits, slicing, folder, case_id, case)
 
     return Found(

@@ -80,7 +80,7 @@ def describe_folder(
 ) -> SetFolder:
     """What is known of a source folder: by its set.json, else by the flags, else by what its own form tells (`known`).
 
-    Raises DataError where set.json is no JSON object, or modality or anatomy is given nowhere.
+    Raises DataError where set.json is no JSON object of texts, or modality or anatomy is given nowhere.
     """
     about = path / "set.json"
     told: object = {}
@@ -95,6 +95,9 @@ def describe_folder(
         raise DataError(f"{about}: a JSON {type(told).__name__}, expected an object with title, modality and so on.")
     known = known or {}
     keys = ("modality", "anatomy", "category", "licence", "title", "source", "notes")
+    for key in keys:
+        if not isinstance(told.get(key), str | None):
+            raise DataError(f"{about}: its {key} is {told[key]!r}, expected text. Correct the file.")
     facts = {key: str(told.get(key) or flags.get(key) or known.get(key) or "").strip() for key in keys}
     facts["licence"] = facts["licence"] or "unknown"
     for key in ("modality", "anatomy"):

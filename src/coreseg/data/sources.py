@@ -252,11 +252,15 @@ def _import(
         refused += writer.refused
         if not written:
             raise DataError(_nothing_imported(source, found, refused, remarks))
-        if case_pattern and not any(sample.case for sample in written):
+        caseless = [Path(sample.file_name).stem for sample in written if not sample.case] if case_pattern else []
+        if caseless and len(caseless) == len(written):
             raise ConfigError(
                 f"The case pattern {case_pattern!r} finds a patient in no picture's name, such as "
-                f"{Path(written[0].file_name).stem!r} (which has the set's name in front). Correct it, or leave it out."
+                f"{caseless[0]!r} (which has the set's name in front). Correct it, or leave it out."
             )
+        if caseless:
+            text = f"the case pattern finds no patient for {len(caseless)} rows, such as that of {caseless[0]!r}."
+            remarks.append(Remark(source, text))
         drawn = with_splits(written, writer.prints, val_share, seed)
         write_set(staging, drawn.samples)
         _write_sources(staging, found)

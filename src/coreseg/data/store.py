@@ -120,29 +120,59 @@ def require_empty(folder: Path) -> None:
 
 @contextmanager
 def new_set(destination: Path) -> Iterator[Path]:
-    """A folder to make a data set in, with `images/` and `masks/`, which takes the destination's place at the end.
+    """A new folder to make a data set in, which takes the destination's place at the end.
 
-    It lies beside the destination, so that a failure leaves nothing behind and a finished set is only moved.
+    It lies beside the destination, so that a failure leaves nothing behind and a finished set is there at once or not
+    at all.
 
-    Raises DataError where the destination is not empty, or where it cannot be written.
+    Raises DataError where the destination is not empty, where it cannot be written, or where another run is at it.
     """
     require_empty(destination)
-    staging = destination.absolute().with_name(f".{destination.absolute().name}.making-{os.getpid()}")
+    whole = destination.resolve()
+    # Always the same, so that what a killed run has left is cleared away by the next.
+    staging = whole.with_name(f".{whole.name}.partial")
     parents = [path for path in staging.parents if not path.exists()]
     try:
-        for folder in ("images", "masks"):
-            (staging / folder).mkdir(parents=True)
-        yield staging
-        destination.mkdir(exist_ok=True)
-        for path in staging.iterdir():
-            path.rename(destination / path.name)
+        staging.mkdir(parents=True, exist_ok=True)
+        with _locked(staging, destination):
+            try:
+                for path in staging.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                yield staging
+                if whole.exists():
+                    whole.rmdir()
+                staging.rename(whole)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise DataError(f"{destination}: the set cannot be written ({error}). Check space and permissions.") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
         for path in parents:
             with suppress(OSError):  # as it is not empty where all went well
                 path.rmdir()
+
+
+@contextmanager
+def _locked(staging: Path, destination: Path) -> Iterator[None]:
+    """Keep other runs out, where the system can; the lock of a killed run is gone with it."""
+    try:
+        import fcntl
+    except ImportError:  # as on Windows
+        yield
+        return
+    descriptor = os.open(staging, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"{destination}: another run is writing this set. Wait for it, or choose a new folder."
+            ) from error
+        except OSError:
+            pass  # some network drives have no locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_set(root: Path, samples: Sequence[Sample]) -> None:

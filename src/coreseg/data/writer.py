@@ -38,6 +38,8 @@ class SetWriter:
 
     def __init__(self, root: Path, seed: int, describe: Describe, *, with_prints: bool) -> None:
         self._root, self._seed, self._describe, self._with_prints = root, seed, describe, with_prints
+        for folder in ("images", "masks"):
+            (root / folder).mkdir()
         self.refused: list[Refusal] = []
         self.prints: dict[str, Fingerprint] = {}
         self._names: Counter[str] = Counter()
@@ -52,7 +54,7 @@ class SetWriter:
         masks = {
             category: mask
             for category, parts in picture.masks.items()
-            if (mask := self._joined(parts, image, picture.origin)) is not None
+            if (mask := self._joined(parts, image, picture.origin, picture.image)) is not None
         }
         if not masks:
             return []
@@ -67,6 +69,7 @@ class SetWriter:
         parts: tuple[Path | Bool[np.ndarray, "_ _"], ...],
         image: UInt8[np.ndarray, "height width 3"],
         origin: Path,
+        picture: Path | UInt8[np.ndarray, "_ _ *channels"],
     ) -> Bool[np.ndarray, "height width"] | None:
         height, width = image.shape[:2]
         joined = np.zeros((height, width), dtype=bool)
@@ -74,6 +77,8 @@ class SetWriter:
             path = part if isinstance(part, Path) else origin
             try:
                 mask = read_mask(part, binary=True) if isinstance(part, Path) else part
+                if isinstance(part, Path) and isinstance(picture, Path):
+                    _refuse_turned(picture, part)
             except InputError as error:
                 self.refused.append(Refusal(path, str(error)))
                 return None
@@ -136,6 +141,18 @@ class SetWriter:
             licence=folder.licence,
             case=picture.case,
             split=picture.split,
+        )
+
+
+def _refuse_turned(picture: Path, mask: Path) -> None:
+    """Raises InputError where a picture is turned on reading, its mask is not, and sizes do not tell their frame."""
+    header = read_header(picture)
+    width, height = header.size_wh
+    told_by_size = header.orientation >= 5 and width != height
+    if header.orientation not in (1, read_header(mask).orientation) and not told_by_size:
+        raise InputError(
+            f"its image {picture.name} is turned on reading (EXIF orientation {header.orientation}), the mask is not, "
+            "so whether they lie on each other cannot be known. Save the image upright, and its mask to match."
         )
 
 

@@ -235,13 +235,13 @@ def find_knee(curve: Float[np.ndarray, " rows"]) -> Knee | None:
     """
     from kneed import KneeLocator
 
-    step = -(-len(curve) // MAX_FITTED)
-    found = KneeLocator(
-        np.arange(len(curve))[::step], curve[::step], curve="concave", direction="increasing", online=True
-    )
+    ranks = np.arange(len(curve))
+    # With the last, or the ends of the curve are not those of the sample.
+    sampled = np.union1d(ranks[:: -(-len(curve) // MAX_FITTED)], ranks[-1:])
+    found = KneeLocator(sampled, curve[sampled], curve="concave", direction="increasing", online=True)
     bulge = dict(zip(found.x.tolist(), found.y_difference.tolist(), strict=True))
     furthest = max(map(int, found.all_knees), key=lambda index: bulge[index], default=0)
-    if bulge[furthest] < MIN_BULGE:
+    if not bulge[furthest] >= MIN_BULGE:
         return None
     return Knee(furthest + 1, float(curve[furthest]))
 

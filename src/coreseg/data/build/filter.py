@@ -37,7 +37,7 @@ from coreseg.data.build.scores import (
     trained,
     write_text,
 )
-from coreseg.data.store import SPLITS, LesionSet, copy_rows, require_empty
+from coreseg.data.store import SPLITS, LesionSet, copy_rows, new_set, require_empty
 from coreseg.errors import ConfigError, DataError, MissingExtraError
 
 SCORES, SUMMARY, CURVES = "scores.jsonl", "filter.json", "curves"
@@ -84,15 +84,20 @@ def filter_set(
     settings, from the folder `.NAME.filtering` beside `out`.
 
     Raises DataError where `out` is not empty, no row has a lesion, cases are too few for folds, `scores` do not fit the
-    set, or something cannot be written; ConfigError where an unfinished run had other settings; MissingExtraError where
-    a library is missing.
+    set, or something cannot be written; ConfigError where an unfinished run had other settings, or trains
+    while this one would not; MissingExtraError where a library is missing.
     """
     settings = _resolved(settings, scores)
     require_empty(out)
     if not any(sample.boxes for sample in lesions.samples):
         raise DataError(f"{lesions.root}: no row has a lesion, so none has a difficulty. Give another data set.")
     work = out.absolute().with_name(f".{out.absolute().name}.filtering")
-    staging = work / "set"
+    training = not (scores or settings.proxy)
+    if not training and (work / RUN).exists():
+        raise ConfigError(
+            f"{work}: a training for this filter is unfinished. Go on with it, delete that folder, or choose another "
+            "folder for the new set."
+        )
     try:
         if scores:
             scored = from_file(scores, lesions)
@@ -102,17 +107,16 @@ def filter_set(
             assert train_fold is not None
             scored = trained(lesions, settings, train_fold, work, run, progress)
         decided, cuts = _decided(scored, settings)
-        shutil.rmtree(staging, ignore_errors=True)
         summary = _summary(lesions, decided, cuts, settings, scores)
-        _write(lesions, staging, decided, cuts, summary)
-        if out.exists():
-            out.rmdir()
-        staging.rename(out)
-        shutil.rmtree(work)
+        with new_set(out) as staging:
+            _write(lesions, staging, decided, cuts, summary)
+        if training:
+            shutil.rmtree(work)
     except OSError as error:
         raise DataError(f"{out}: the set cannot be written ({error}). Check space and permissions.") from error
     finally:
-        shutil.rmtree(staging if (work / RUN).exists() else work, ignore_errors=True)
+        if not (work / RUN).exists():
+            shutil.rmtree(work, ignore_errors=True)
     return FilterReport(out, summary)
 
 

@@ -51,7 +51,7 @@ _STRIPPED = tuple(
         rf"{_NUMBER}{_UNIT}?(?: ?(?:x|by|-|to) ?{_NUMBER}{_UNIT}?)*"
         r"(?: (?:in|across) (?:diameter|size|length|width|height))?",
         rf",? ?\b(?:as )?{_DRAWN} {_BY_LINE}",
-        rf"\b{_DRAWN} (?=(?:lesion|area|region|mass|nodule|structure|zone|tumou?r|focus|spot)s?\b)",
+        rf"(?<!-)\b{_DRAWN} (?=(?:lesion|area|region|mass|nodule|structure|zone|tumou?r|focus|spot)s?\b)",
     )
 )
 
@@ -98,6 +98,13 @@ _TELLTALES = tuple(
 )
 
 
+def _unnamed(text: str, category: str) -> str:
+    """The text with "lesion" for the category: digits and words of a name, as in "grade 3 glioma", state nothing."""
+    for name, instead in ((plural(category), "lesions"), (category, "lesion")):
+        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", instead, text, flags=re.IGNORECASE)
+    return text
+
+
 def text_faults(text: str, category: str) -> list[Fault]:
     """What keeps a text from being the reasoning of a row, whatever its picture shows."""
     faults = []
@@ -108,10 +115,11 @@ def text_faults(text: str, category: str) -> list[Fault]:
         faults.append(Fault("form", "it is not one paragraph of plain English without < and >"))
     if not any(name.lower() in text.lower() for name in (category, plural(category))):
         faults.append(Fault("form", f"it does not name the {category}"))
+    told = _unnamed(text, category)
     for kind, what, pattern in _TELLTALES:
-        if hit := pattern.search(text):
+        if hit := pattern.search(told):
             faults.append(Fault(kind, f"it has {what}: {hit.group()!r}"))
-    for hit in _LINE.finditer(text):
+    for hit in _LINE.finditer(told):
         if hit[1].lower().split("-")[-1] not in _OF_LESION_WORDS:
             faults.append(Fault("marking", f"it has a word of the drawn line: {hit.group()!r}"))
     return faults
@@ -133,16 +141,21 @@ class Facts:
         return cls(*measured_and_accepted(image, mask))
 
 
-def pixel_faults(text: str, facts: Facts) -> list[Fault]:
+def pixel_faults(text: str, facts: Facts, category: str = "lesion") -> list[Fault]:
     """The statements of a text that the pixels contradict, each with its sentence and the measured value.
 
-    On an empty mask every statement about a lesion is wrong. What the mask is too small to tell is not judged.
+    The category's name states nothing. On an empty mask every statement about a lesion is wrong. What the mask is too
+    small to tell is not judged.
     """
     sentences = [sentence.strip() for sentence in re.findall(r"[^.;:!?\n]+", text)]
     faults = []
-    for found in contradictions(text, facts.true):
+    for found in contradictions(_unnamed(text, category), facts.true):
         for value in sorted(found.wrong):
-            says = (sentence for sentence in sentences if value in find(found.kind, sentence, denied=found.denied))
+            says = (
+                sentence
+                for sentence in sentences
+                if value in find(found.kind, _unnamed(sentence, category), denied=found.denied)
+            )
             told, said = next(says, text), f"not {value}" if found.denied else value
             measured = facts.measured.get(found.kind, "no lesion")
             faults.append(Fault("pixels", f'{found.kind}: "{told}" says {said}; measured on the mask: {measured}'))
@@ -217,7 +230,8 @@ def _checked(
         image, mask = pictures.image(sample), pictures.mask(sample)
     except (DataError, InputError) as error:
         return Outcome(sample, (Fault("picture", str(error)),)), None
-    faults = (*text_faults(sample.reasoning, sample.category), *pixel_faults(sample.reasoning, Facts.of(image, mask)))
+    text, category = sample.reasoning, sample.category
+    faults = (*text_faults(text, category), *pixel_faults(text, Facts.of(image, mask), category))
     if faults or not image_px:
         return Outcome(sample, faults), None
     from coreseg.data.build.prompts import picture_for_teacher

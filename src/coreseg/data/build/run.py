@@ -9,8 +9,8 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,8 @@ from coreseg.data.build.engine import HERE, Here
 from coreseg.data.build.ledger import Ledger, Spent
 from coreseg.data.build.settings import TeacherConfig
 from coreseg.data.build.stage import Outcome
-from coreseg.data.store import METADATA, SOURCES, LesionSet, require_empty, row_line, share_file
-from coreseg.errors import DataError, TeacherError
+from coreseg.data.store import METADATA, SOURCES, LesionSet, new_set, require_empty, row_line, share_file
+from coreseg.errors import TeacherError
 from coreseg.sentences import find_all
 
 SET_ASIDE = "set_aside.jsonl"
@@ -41,61 +41,43 @@ class DerivedSet:
     def __init__(self, source: LesionSet, out: Path) -> None:
         require_empty(out)
         self._source, self._out = source.root, out
-        # Always the same, so that what a killed run has left is cleared away by the next.
-        self._staging = out.absolute().with_name(f".{out.absolute().name}.partial")
 
     def __enter__(self) -> "DerivedSet":
-        with self._told():
-            shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging.mkdir(parents=True)
-            self._rows = (self._staging / METADATA).open("w", encoding="utf-8", newline="\n")
-            self._others = (self._staging / SET_ASIDE).open("w", encoding="utf-8", newline="\n")
+        with ExitStack() as stack:
+            self._staging = stack.enter_context(new_set(self._out))
+            stack.push(self._finish)
+            self._rows, self._others = (
+                stack.enter_context((self._staging / name).open("w", encoding="utf-8", newline="\n"))
+                for name in (METADATA, SET_ASIDE)
+            )
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._rows.close()
-        self._others.close()
-        try:
-            if kind is None:
-                with self._told():
-                    self._finish()
-        finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
+        self._stack.__exit__(kind, error, trace)
 
     def add(self, outcome: Outcome) -> None:
         """Write one row where it belongs: into the set with its pictures, or aside."""
-        with self._told():
-            if outcome.faults:
-                self._others.write(_aside_line(outcome) + "\n")
-                return
-            for name in (outcome.sample.file_name, outcome.sample.mask_file_name):
-                share_file(self._source / name, self._staging / name)
-            self._rows.write(row_line(outcome.sample) + "\n")
+        if outcome.faults:
+            self._others.write(_aside_line(outcome) + "\n")
+            return
+        for name in (outcome.sample.file_name, outcome.sample.mask_file_name):
+            share_file(self._source / name, self._staging / name)
+        self._rows.write(row_line(outcome.sample) + "\n")
 
     def report(self, report: "Report") -> None:
         """Write what is to be known of the run."""
-        with self._told():
-            text = json.dumps(asdict(report), ensure_ascii=False, indent=1)
-            (self._staging / REPORT).write_text(text + "\n", encoding="utf-8", newline="\n")
+        text = json.dumps(asdict(report), ensure_ascii=False, indent=1)
+        (self._staging / REPORT).write_text(text + "\n", encoding="utf-8", newline="\n")
 
-    def _finish(self) -> None:
+    def _finish(self, kind: Any, *_: Any) -> None:
+        if kind is not None:
+            return
         for name in (METADATA, SET_ASIDE):
             if (self._staging / name).stat().st_size == 0:
                 (self._staging / name).unlink()
         if (self._source / SOURCES).is_file():
             shutil.copyfile(self._source / SOURCES, self._staging / SOURCES)
-        if self._out.exists():
-            self._out.rmdir()
-        self._staging.rename(self._out)
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise DataError(
-                f"{self._out}: the set cannot be written ({error}). Check space and permissions, then run again."
-            ) from error
 
 
 def _aside_line(outcome: Outcome) -> str:

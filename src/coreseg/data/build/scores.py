@@ -214,8 +214,17 @@ def read_scores(path: Path) -> list[Score]:
     """The rows of a `scores.jsonl`. Raises DataError where it is none."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-        return [Score(**json.loads(line)) for line in lines if line]
-    except (OSError, ValueError, TypeError) as error:
+        rows = [json.loads(line) for line in lines if line]
+        expected = dict.fromkeys(("file_name", "category", "source", "group"), str) | {
+            "fold": int | None,
+            **dict.fromkeys(("dice", "ease"), int | float | None),
+        }
+        for row in rows:
+            for name, kind in expected.items():
+                if not isinstance(row[name], kind):
+                    raise TypeError(f"{name} is {row[name]!r}")
+        return [Score(**row) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"{path}: no scores can be read ({error}). Expected the scores.jsonl that `coreseg data filter` writes."
         ) from error
