@@ -118,7 +118,7 @@ class _Author:
         if isinstance(said, Fault):
             self._earlier = ""
             return [said]
-        faults = pixel_faults(said.lesion, self._facts)
+        faults = pixel_faults(said.lesion, self._facts, self._sample.category)
         if faults:
             self._earlier = said.lesion
             return faults
@@ -137,4 +137,4 @@ class _Author:
             return [said]
         text = self._earlier = clean(said.reasoning)
         self._sample = replace(self._sample, reasoning=text)
-        return [*text_faults(text, self._sample.category), *pixel_faults(text, self._facts)]
+        return [*text_faults(text, self._sample.category), *pixel_faults(text, self._facts, self._sample.category)]
