@@ -88,7 +88,7 @@ def find_series(
     if not segmentations:
         raise DataError(f"{source}: no DICOM-SEG beside its {len(stacks)} series. Put the segmentations there.")
     if not stacks:
-        told = f" The first: {refused[0].path}: {refused[0].reason}" if refused else ""
+        told = f" The first: {refused[0]}" if refused else ""
         raise DataError(f"{source}: no series beside its DICOM-SEG that can be used.{told}")
     known = {"modality": ", ".join(sorted({stack.modality for stack in stacks}))}
     folder = describe_folder(source, facts, name or source.resolve().name, known)

@@ -19,6 +19,10 @@ class Refusal:
     path: Path
     reason: str
 
+    def __str__(self) -> str:
+        # What a reader of files says begins with the file.
+        return self.reason if self.reason.startswith(f"{self.path}: ") else f"{self.path}: {self.reason}"
+
 
 @dataclass(frozen=True)
 class Remark:

@@ -89,7 +89,7 @@ class ImportReport:
             *(f"note: {remark.path}: {remark.text}" for remark in self.remarks),
             *(f"no mask for {path}" for path in self.images_without_mask),
             *(f"no image for {path}" for path in self.masks_without_image),
-            *(f"set aside: {refusal.path}: {refusal.reason}" for refusal in self.refused),
+            *(f"set aside: {refusal}" for refusal in self.refused),
         ]
 
 
@@ -284,7 +284,7 @@ def _import(
 
 def _nothing_imported(source: Path, found: Found, refused: list[Refusal], remarks: list[Remark]) -> str:
     if refused:
-        return f"{source}: none of its pictures can be used. The first: {refused[0].path}: {refused[0].reason}"
+        return f"{source}: none of its pictures can be used. The first: {refused[0]}"
     if remarks:
         return f"{source}: nothing in it was taken. The first: {remarks[0].path}: {remarks[0].text}"
     return (
