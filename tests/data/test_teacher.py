@@ -259,12 +259,15 @@ def test_a_run_that_is_stopped_waits_for_what_is_out_and_keeps_it(tmp_path: Path
 
 
 def files_of(root: Path) -> dict[str, bytes | dict[str, Any]]:
-    """Every file's content by name; of the report what does not hang on how it was run."""
-    files: dict[str, bytes | dict[str, Any]] = {
-        str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()
-    }
-    report = json.loads((root / "report.json").read_text())
-    files["report.json"] = {key: value for key, value in report.items() if key not in ("run", "spent", "settings")}
+    """Every file's content by name; of reports what does not hang on how it was run, of builds no settings and cost."""
+    files: dict[str, bytes | dict[str, Any]] = {}
+    for path in root.rglob("*"):
+        if path.name == "report.json":
+            report = json.loads(path.read_text())
+            kept = {key: value for key, value in report.items() if key not in ("run", "spent", "settings")}
+            files[str(path.relative_to(root))] = kept
+        elif path.is_file() and path.name not in ("build.toml", "manifest.json"):
+            files[str(path.relative_to(root))] = path.read_bytes()
     return files
 
 
@@ -497,22 +500,32 @@ def coreseg(*words: str | Path) -> list[str]:
     return [sys.executable, "-c", "from coreseg.cli import main; main()", *map(str, words)]
 
 
-def kill_and_resume(tmp_path: Path, rows: int, kills: int, latency_s: float) -> None:
-    lesions = lesion_set(tmp_path / "set", rows, lambda row: f"{list(FATES)[row % len(FATES)]} nodule {word(row)}")
+def command_for(tmp_path: Path, name: str, url: str, cache: Path, *, build: bool) -> tuple[list[str], Path]:
+    """A command that has the set described by a teacher, alone or within a whole build, and its output."""
+    file, out = write_config(tmp_path / f"{name}.toml", url, cache), tmp_path / name / "mine"
+    if not build:
+        return coreseg("data", "describe", tmp_path / "set", "--out", out, "--teacher", file), out
+    tables = file.read_text().replace("[teacher]", "[describe.teacher]").replace("[judge]", "[describe.judge]")
+    start = f"out = {json.dumps(str(out))}\ndata = {json.dumps(str(tmp_path / 'set'))}\n"
+    file.write_text(f"{start}[filter]\nproxy = true\nkeep_share = 0.9\n[describe]\n{tables}")
+    return coreseg("data", "build", file), out
+
+
+def kill_and_resume(tmp_path: Path, rows: int, kills: int, latency_s: float, *, build: bool = False) -> None:
+    lesion_set(tmp_path / "set", rows, lambda row: f"{list(FATES)[row % len(FATES)]} nodule {word(row)}")
     unhurried = {"gone", "slow", "throttled", "broken", "stubborn", "mistaken", "swapped"}
 
     def answer(request: Request) -> Answer:
         return well(request) if request.category.split()[0] in unhurried else faulty(request)
 
     with TeacherServer(answer, latency_s) as server:
-        config = load(TeacherConfig, write_config(tmp_path / "whole.toml", server.url, tmp_path / "whole-cache"))
-        describe_set(lesions, tmp_path / "whole", config, progress=False)
+        command, whole = command_for(tmp_path, "whole", server.url, tmp_path / "whole-cache", build=build)
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
         questions = server.requests
 
     with TeacherServer(answer, latency_s) as server:
         cache = tmp_path / "cache"
-        config = write_config(tmp_path / "config.toml", server.url, cache)
-        command = coreseg("data", "describe", lesions.root, "--out", tmp_path / "out", "--teacher", config)
+        command, out = command_for(tmp_path, "killed", server.url, cache, build=build)
         rng, lost = random.Random(3), 0
         for moment in sorted(rng.sample(range(2, questions - 5), kills)):
             before, kept = server.requests, len_of(cache)
@@ -525,11 +538,11 @@ def kill_and_resume(tmp_path: Path, rows: int, kills: int, latency_s: float) -> 
             in_flight = server.requests - before - (len_of(cache) - kept)
             assert 0 <= in_flight <= 2 * 32, "those open at teacher and judge"
             lost += in_flight
-            assert not (tmp_path / "out").exists()
+            assert not (out / "set" if build else out).exists()
         subprocess.run(command, check=True, capture_output=True, timeout=300)
         assert server.requests == questions + lost, "only what was in flight is asked a second time"
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-    assert not list(tmp_path.glob(".*.partial"))
+    assert files_of(out) == files_of(whole)
+    assert not list(out.parent.rglob(".*.partial"))
     spent = Ledger(cache).spent()
     assert spent.paid == pytest.approx(questions * PRICE)
     assert (spent.unanswered > 0) == (lost > 0)
@@ -549,6 +562,11 @@ def test_killed_in_the_middle_it_goes_on_and_pays_for_nothing_twice(tmp_path: Pa
 @pytest.mark.slow
 def test_killed_at_five_random_moments_it_ends_the_same(tmp_path: Path) -> None:
     kill_and_resume(tmp_path, rows=120, kills=5, latency_s=0.2)
+
+
+@pytest.mark.slow
+def test_a_build_killed_at_five_random_moments_ends_the_same(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path, rows=120, kills=5, latency_s=0.2, build=True)
 
 
 @pytest.mark.slow
