@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from coreseg.answer import answer_sentence, check_question, check_reasoning, forced, parse
+from coreseg.answer import answer_sentence, check_question, check_reasoning, forced
 from coreseg.errors import InputError
 from coreseg.imaging import read_image
 from coreseg.model.assemble import DTYPES, EMBEDDED, load_parts, scope_of
@@ -118,25 +117,22 @@ class Segmenter:
             read_boxes=partial(self.processor.read_boxes, frames_wh=batch.frames_wh),
         )
         seconds = (time.perf_counter() - started) / len(pictures)
-        results = [
-            self._result(picture, ids, logits, frame, seconds)
-            for picture, ids, logits, frame in zip(
-                pictures, generated.ids, generated.mask_logits, batch.frames_wh, strict=True
-            )
-        ]
-        if self.scope is None:
-            return results
+        textures = texture(maps).cpu()
         return [
-            replace(result, warnings=self.scope.warnings(seen, question, parse(result.text) if result.valid else None))
-            for result, seen, question in zip(results, texture(maps).cpu(), questions, strict=True)
+            self._result(picture, question, ids, logits, frame, seen, seconds)
+            for picture, question, ids, logits, frame, seen in zip(
+                pictures, questions, generated.ids, generated.mask_logits, batch.frames_wh, textures, strict=True
+            )
         ]
 
     def _result(
         self,
         picture: np.ndarray,
+        question: str,
         ids: list[int],
         mask_logits: torch.Tensor | None,
         frame_wh: tuple[int, int],
+        seen: torch.Tensor,
         seconds: float,
     ) -> Result:
         """One row's ids and mask logits, brought back to the picture's own pixels."""
@@ -156,4 +152,5 @@ class Segmenter:
             valid=answer is not None,
             seconds=seconds,
             image=picture,
+            warnings=self.scope.warnings(seen, question, answer) if self.scope else (),
         )

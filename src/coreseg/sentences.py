@@ -8,7 +8,7 @@ Source: our choice throughout.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from string import ascii_lowercase, ascii_uppercase
 
 import numpy as np
@@ -274,6 +274,11 @@ def word(kind: str, value: str, rng: np.random.Generator) -> str:
 def pick(wordings: tuple[str, ...], rng: np.random.Generator) -> str:
     """One of several wordings, each as likely as the others."""
     return wordings[int(rng.integers(len(wordings)))]
+
+
+def listed(words: Sequence[str]) -> str:
+    """The words as a list in a sentence: "a", "a and b", "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def find(kind: str, text: str, *, denied: bool = False) -> set[str]:

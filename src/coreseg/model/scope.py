@@ -24,6 +24,7 @@ from transformers.utils.hub import cached_file
 from coreseg.errors import ModelError
 from coreseg.questions import names_of
 from coreseg.sam2 import FeatureMaps
+from coreseg.sentences import listed
 from coreseg.types import Answer, Sample
 
 FILE = "scope.safetensors"
@@ -96,16 +97,17 @@ class Scope:
         nearest = self.kinds[int(distances.argmin())]
         told = []
         if distances.min() > self.limit:
-            told.append(f"the picture looks like none that this model was trained on ({_listed(map(str, self.kinds))})")
+            kinds = listed([str(kind) for kind in self.kinds])
+            told.append(f"the picture looks like none that this model was trained on ({kinds})")
         if answer is None:
             return tuple(told)
         category, known = answer.category, {name for kind in self.kinds for name in kind.categories}
         if category not in known:
-            told.append(f"this model was never trained on {category}; it knows {_listed(sorted(known))}")
+            told.append(f"this model was never trained on {category}; it knows {listed(sorted(known))}")
         elif not names_any(question, known):
             told.append(f"the question names no lesion that this model knows; it was taken to be about {category}")
         if not told and category not in nearest.categories:
-            lesions = _listed(nearest.categories)
+            lesions = listed(nearest.categories)
             told.append(f"the picture looks like {nearest}, where this model knows {lesions} but no {category}")
         return tuple(told)
 
@@ -168,8 +170,3 @@ _VAGUE_WORDS = (
 )
 _VAGUE = frozenset(_VAGUE_WORDS.split())
 """Of names, but in questions about anything too; and everyday words that are spelled like a name."""
-
-
-def _listed(names: Iterable[str]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last

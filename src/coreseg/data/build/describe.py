@@ -18,7 +18,7 @@ from coreseg.data.build.stage import Fault, Outcome
 from coreseg.data.store import LesionSet
 from coreseg.errors import DataError, InputError
 from coreseg.questions import ask, plural, with_article
-from coreseg.sentences import pick, word
+from coreseg.sentences import listed, pick, word
 from coreseg.statements import measure_all
 from coreseg.types import Sample
 
@@ -141,14 +141,9 @@ def _seen(values: Mapping[str, str], rng: np.random.Generator) -> str:
     where = f"{words['place']}, {words['side']}"
     first = f"{what} {verb} {where}" if rng.random() < 0.5 else f"{where}, {what} {verb}"
     features = [words[kind] for kind in rng.permutation(("edge", "texture")) if kind in words]
-    second = [f"is {_listed(looks)}"] if looks else []
-    second += [f"has {_listed(features)}"] if features else []
+    second = [f"is {listed(looks)}"] if looks else []
+    second += [f"has {listed(features)}"] if features else []
     return f"{_capital(first)}." + (f" {subject} {' and '.join(second)}." if second else "")
-
-
-def _listed(words: list[str]) -> str:
-    """The words as a list in a sentence: "a", "a and b", "a, b and c"."""
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _capital(text: str) -> str:
