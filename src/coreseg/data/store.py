@@ -218,6 +218,13 @@ def share_file(source: Path, target: Path) -> None:
             shutil.copyfile(source, target)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(part, path)  # a run may be killed at any moment
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

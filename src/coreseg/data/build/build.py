@@ -32,11 +32,11 @@ from coreseg.data.build.endpoint import require_client
 from coreseg.data.build.engine import ENGINES, require_ray
 from coreseg.data.build.filter import SUMMARY, filter_set
 from coreseg.data.build.run import REPORT, SET_ASIDE, describe_set, review_set
-from coreseg.data.build.scores import FilterSettings, RunFolds, TrainFold, rows_digest, write_text
+from coreseg.data.build.scores import FilterSettings, RunFolds, TrainFold, rows_digest
 from coreseg.data.build.settings import TeacherConfig
 from coreseg.data.manifest import read_sources, write_manifest
 from coreseg.data.sources import ImportSettings, recognise
-from coreseg.data.store import METADATA, LesionSet, copy_rows, new_set, parse_row, require_empty
+from coreseg.data.store import METADATA, LesionSet, copy_rows, new_set, parse_row, require_empty, write_text
 from coreseg.errors import ConfigError, DataError
 
 SETTINGS, MANIFEST, BENCHMARK = "build.toml", "manifest.json", "benchmark.jsonl"

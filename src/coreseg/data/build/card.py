@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from coreseg.data.build.scores import write_text
 from coreseg.data.manifest import read_sources
-from coreseg.data.store import SPLITS, LesionSet, evenly
+from coreseg.data.store import SPLITS, LesionSet, evenly, write_text
 from coreseg.errors import CoreSegError, DataError
 from coreseg.imaging import overlay
 from coreseg.types import Sample

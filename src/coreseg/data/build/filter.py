@@ -35,9 +35,8 @@ from coreseg.data.build.scores import (
     proxy,
     rows_digest,
     trained,
-    write_text,
 )
-from coreseg.data.store import SPLITS, LesionSet, copy_rows, new_set, require_empty
+from coreseg.data.store import SPLITS, LesionSet, copy_rows, new_set, require_empty, write_text
 from coreseg.errors import ConfigError, DataError, MissingExtraError
 
 SCORES, SUMMARY, CURVES = "scores.jsonl", "filter.json", "curves"

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from coreseg.config import require
 from coreseg.data.build.difficulty import Fold, ease, group_rows, split_folds
-from coreseg.data.store import LesionSet
+from coreseg.data.store import LesionSet, write_text
 from coreseg.errors import ConfigError, DataError
 from coreseg.statements import Features, features
 from coreseg.types import Sample
@@ -243,10 +243,3 @@ def from_file(path: Path, lesions: LesionSet) -> list[Score]:
             )
         scores.append(replace(score, kept=False) if score and sample.boxes else _score(sample))
     return scores
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, path)  # a run may be killed at any moment
