@@ -36,11 +36,13 @@ def bright_segmenter(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The class of a segmenter without weights, which the command line now loads under any name.
 
     It finds whatever is brighter than 200; where a question says "mumble", its answer is malformed, where it says
-    "cat", there is a warning. `loaded` keeps what it was asked to load.
+    "cat", there is a warning, and where it says "doubt", its mask is expected to be poor. `loaded` keeps what it was
+    asked to load.
     """
     from coreseg.answer import answer_sentence, check_question, render
     from coreseg.imaging import read_image
     from coreseg.masks import mask_to_boxes
+    from coreseg.model.confidence import NAMES
     from coreseg.segmenter import Segmenter
     from coreseg.types import Answer, Result
 
@@ -59,7 +61,9 @@ def bright_segmenter(monkeypatch: pytest.MonkeyPatch) -> Any:
             if "mumble" in question:
                 return Result(np.zeros_like(mask), boxes[:0], "", "", "<think> hm", False, False, 0.5, picture)
             told = answer.reasoning, answer_sentence(answer), render(answer), answer.found, True, 0.5
-            return Result(mask, boxes, *told, picture, ("a cat is no tumor",) if "cat" in question else ())
+            warned = ("a cat is no tumor",) if "cat" in question else ()
+            signs = dict.fromkeys(NAMES, 0.5) | {"size": float(mask.mean())}
+            return Result(mask, boxes, *told, picture, warned, 0.125 if "doubt" in question else None, signs)
 
         def segment_batch(
             self, images: Any, questions: Any, *, constrained: bool = True, reasoning: Any = None

@@ -227,6 +227,36 @@ def test_a_warning_stands_on_standard_error_and_in_the_record(bright_segmenter: 
     assert json.loads(printed.stdout)["warnings"] == ["a cat is no tumor"] and printed.stderr == ""
 
 
+def test_a_mask_that_the_model_itself_doubts(bright_segmenter: Any, scans: Path) -> None:
+    done = run("segment", scans / "a.png", "No doubt?")
+    assert done.stderr == "warning: the model expects little of this mask, a Dice of 0.12\n"
+    assert "expected Dice 0.12" in done.stdout
+    told = run("segment", scans / "a.png", QUESTION)
+    assert told.stderr == "" and "expected" not in told.stdout, "a model that never learned how sure it may be"
+    printed = run("segment", scans / "a.png", "No doubt?", "--json")
+    assert json.loads(printed.stdout)["confidence"] == 0.125 and printed.stderr == ""
+
+
+def test_merge_learns_how_sure_a_model_may_be(bright_segmenter: Any, tmp_path: Path) -> None:
+    from coreseg.data.store import LesionSet
+    from coreseg.evaluate.predictors import ModelPredictor
+    from coreseg.evaluate.run import evaluate
+    from coreseg.model.confidence import Confidence
+    from coreseg.testing import write_phantom_set
+
+    phantoms = write_phantom_set(tmp_path / "phantoms", count=40, seed=0, size_wh=(48, 40))
+    assert "no records" in complaint(run("merge", "nano", "new", "--confidence", phantoms))
+    predictor = ModelPredictor(bright_segmenter(), "bright", True, {})
+    for split in ("val", "train"):
+        evaluate(LesionSet.open(phantoms), predictor, split=split, out=Path(split), progress=False)
+    assert "expected at least 30" in complaint(run("merge", "nano", "new", "--confidence", "val"))
+    assert not Path("new").exists(), "looked at before anything is written"
+    assert run("merge", "nano", "new", "--confidence", "train").exit_code == 0
+    assert Confidence.load("new") is not None
+    assert run("merge", "new", "kept").exit_code == 0
+    assert Confidence.load("kept") == Confidence.load("new"), "it goes along"
+
+
 def test_merge_writes_down_what_a_model_was_trained_on(tmp_path: Path) -> None:
     from coreseg.model.scope import Scope
     from coreseg.testing import write_phantom_set

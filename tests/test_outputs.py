@@ -27,6 +27,7 @@ def result() -> Result:
         seconds=0.12345,
         image=np.full((30, 40, 3), 90, np.uint8),
         warnings=("the picture looks like none",),
+        confidence=0.70049,
     )
 
 
@@ -66,6 +67,7 @@ def test_what_the_record_says(result: Result, tmp_path: Path) -> None:
         "answer": "The tumor is located at [[2, 5, 12, 9]].",
         "text": "<think> raw",
         "warnings": ["the picture looks like none"],
+        "confidence": 0.7,
         "mask": str(tmp_path / "scan.mask.png"),
         "overlay": str(tmp_path / "scan.overlay.png"),
         "mask_area_px": 40,

@@ -1,5 +1,6 @@
 """The main path around the model: what goes in, and how ids and mask logits come back in the picture's own pixels."""
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 
 from coreseg.answer import MAX_QUESTION_CHARACTERS, check_question, render
 from coreseg.errors import InputError, ModelError
+from coreseg.model.confidence import NAMES, Confidence
 from coreseg.model.core_seg import CoreSeg, Generation
 from coreseg.model.processor import Batch, CoreSegProcessor
 from coreseg.model.scope import Kind, Scope
@@ -80,7 +82,11 @@ class FakeModel(CoreSeg):
     def generate(self, **inputs: Any) -> Generation:
         self.calls.append(inputs)
         rows = inputs["input_ids"].tolist()
-        return Generation(ids=rows, mask_logits=[RIGHT_HALF if row != [2] else None for row in rows])
+        logits = [RIGHT_HALF if row != [2] else None for row in rows]
+        return Generation(ids=rows, mask_logits=logits, log_probabilities=[-0.25] * len(rows))
+
+    def question_blind(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        return RIGHT_HALF.expand(len(maps[0]), -1, -1)
 
 
 @pytest.fixture
@@ -146,6 +152,21 @@ def test_warnings_of_the_scope_stand_in_the_result(picture: np.ndarray) -> None:
     first, second = Segmenter(FakeModel(), FakeProcessor(), scope).segment_batch([picture] * 2, ["half", "mumble"])
     assert first.warnings == ("this model was never trained on tumor; it knows stroke",)
     assert second.warnings == (), "nothing to be said of no answer"
+
+
+def test_signs_and_the_confidence_told_from_them(segmenter: Segmenter, picture: np.ndarray) -> None:
+    """The mask is the right half, as the box and the blind prompt have it; what is empty has no such signs."""
+    found, nothing, mumbled = segmenter.segment_batch([picture] * 3, ["half", "nothing", "mumble"])
+    assert found.confidence is None, "this model never learned how sure it may be"
+    agreement = {"found": 1.0, "blind": 1.0, "words": -0.25, "unseen": 0.0, "unlike": 0.0}
+    assert found.signs is not None and {name: found.signs[name] for name in agreement} == agreement
+    assert found.signs["sharp"] > 0.999 and found.signs["boxes"] == 1.0
+    assert nothing.signs is not None and nothing.signs["unseen"] > 0.999 and nothing.signs["found"] == 0.0
+    segmenter.confidence = Confidence(dict.fromkeys(NAMES, 0.0) | {"boxes": 2.0}, bias=-1.0)
+    found, nothing, mumbled = segmenter.segment_batch([picture] * 3, ["half", "nothing", "mumble"])
+    assert found.confidence == pytest.approx(1 / (1 + math.exp(-1)))
+    assert nothing.confidence == pytest.approx(1 / (1 + math.exp(1)))
+    assert mumbled.confidence == 0.0, "there is no mask to rely on"
 
 
 @pytest.mark.parametrize("question", ["", "  \n", "x" * (MAX_QUESTION_CHARACTERS + 1)])

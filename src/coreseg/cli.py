@@ -25,6 +25,8 @@ train_app = typer.Typer(no_args_is_help=True, help="Train a model. In a clone, f
 app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
 
+DOUBTFUL = 0.5
+"""An expected Dice below this is worth a warning. Our choice: what counts as a good mask in the evaluation."""
 PICTURES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
 
 
@@ -161,7 +163,10 @@ def _say(record: dict[str, Any], as_json: bool, many: bool) -> None:
     typer.echo(record["answer"])
     for warning in record["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
-    area = f"{record['mask_area_px']:,} px"
+    expected = record["confidence"]
+    if expected is not None and expected < DOUBTFUL:
+        typer.echo(f"warning: the model expects little of this mask, a Dice of {expected:.2f}", err=True)
+    area = f"{record['mask_area_px']:,} px" + ("" if expected is None else f", expected Dice {expected:.2f}")
     typer.echo(f"mask: {record['mask']} ({area}), overlay: {record['overlay']}, {record['seconds']:.1f} s")
 
 
@@ -358,10 +363,19 @@ def merge(
         list[Path] | None,
         typer.Option("--scope", metavar="DATASET", help="Data it was trained on: it then warns of what is unlike it."),
     ] = None,
+    confidence: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FIGURES",
+            help="What `coreseg evaluate --out` wrote of this model on rows it was not trained on: it then tells how "
+            "good it expects each mask to be.",
+        ),
+    ] = None,
 ) -> None:
     """Export a run's best state as one folder that `--model` and `from_pretrained` open."""
     _quiet_transformers()
     from coreseg.data.store import LesionSet
+    from coreseg.evaluate.run import fit_confidence
     from coreseg.model.assemble import export
 
     fit = None
@@ -369,7 +383,7 @@ def merge(
         from coreseg.train.scope import fit_scope
 
         fit = partial(fit_scope, sets=[LesionSet.open(path) for path in scope], progress=sys.stderr.isatty())
-    export(run, out, dtype, shard_size, fit)
+    export(run, out, dtype, shard_size, fit, fit_confidence(confidence) if confidence else None)
     typer.echo(f"{out}: written; try: coreseg segment IMAGE QUESTION --model {out}")
 
 

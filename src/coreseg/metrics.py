@@ -7,7 +7,7 @@ paper has no lesion-free images.
 Masks of one pair share a frame and a size, boxes of one pair share a frame; every score is in [0, 1].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,6 +154,28 @@ def difference_interval(
     return _percentile_interval(np.einsum("dab,da,db->d", means, a_shares, b_shares), level)
 
 
+def statistic_interval(
+    statistic: Callable[[Int[np.ndarray, " drawn"]], float],
+    cases: Sequence[str],
+    seed: int = 0,
+    draws: int = 1000,
+    level: float = 0.95,
+) -> Interval:
+    """Interval of what is no mean, a function of the rows' numbers, when the cases are drawn again.
+
+    Draws for which the statistic is NaN, since one side of a comparison is missing, are left out; where all are, so is
+    the interval. Raises as `bootstrap_interval`.
+    """
+    _require_equal_lengths(np.empty(len(cases)), cases)
+    _, of_row = np.unique(np.asarray(_keys(cases)), return_inverse=True)
+    count = int(of_row.max()) + 1
+    times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
+    rows = np.arange(len(cases))
+    found = np.array([statistic(np.repeat(rows, drawn[of_row])) for drawn in times])
+    found = found[~np.isnan(found)]
+    return _percentile_interval(found, level) if len(found) else Interval(np.nan, np.nan)
+
+
 def macro_mean(values: Sequence[float], sets: Sequence[str]) -> float:
     """Mean of the set means, every set with the same weight. Raises ValueError without values."""
     _require_equal_lengths(values, sets)
@@ -181,13 +203,17 @@ def _drawn_means(
     values: Float[np.ndarray, "runs rows"], cases: Sequence[str], rng: np.random.Generator, draws: int
 ) -> Float[np.ndarray, "draws runs"]:
     """Each run's mean in each of `draws` resamples of the cases, the same cases for every run."""
-    keys = [case or f"\0{row}" for row, case in enumerate(cases)]  # \0: no case name can collide with it
-    _, of_value = np.unique(np.asarray(keys), return_inverse=True)
+    _, of_value = np.unique(np.asarray(_keys(cases)), return_inverse=True)
     sums = np.stack([np.bincount(of_value, weights=run) for run in values], axis=1)
     counts = np.bincount(of_value)
     times = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=draws)
     means: Float[np.ndarray, "draws runs"] = (times @ sums) / (times @ counts)[:, None]
     return means
+
+
+def _keys(cases: Sequence[str]) -> list[str]:
+    """The cases, unknown ones with a name each."""
+    return [case or f"\0{row}" for row, case in enumerate(cases)]  # \0: no case name can collide with it
 
 
 def _percentile_interval(means: Float[np.ndarray, " draws"], level: float) -> Interval:

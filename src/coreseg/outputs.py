@@ -36,6 +36,7 @@ def write_result(result: Result, folder: Path, name: str, *, image: str, questio
         "answer": result.answer,
         "text": result.text,
         "warnings": list(result.warnings),
+        "confidence": None if result.confidence is None else round(result.confidence, 3),
         "mask": str(mask),
         "overlay": str(overlay),
         "mask_area_px": int(result.mask.sum()),

@@ -2,17 +2,20 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from PIL import Image
 
 from coreseg.answer import answer_sentence, check_question, check_reasoning, forced
 from coreseg.errors import InputError
 from coreseg.imaging import read_image
-from coreseg.model.assemble import DTYPES, EMBEDDED, load_parts, scope_of
+from coreseg.model.assemble import DTYPES, EMBEDDED, confidence_of, load_parts, scope_of
+from coreseg.model.confidence import Confidence, Signs
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import AnswerConstraint, CoreSegProcessor
 from coreseg.model.scope import Scope, texture
@@ -29,10 +32,17 @@ class Segmenter:
     >>> result = Segmenter.from_pretrained().segment("scan.png", "Where is the foot ulcer?")  # doctest: +SKIP
     """
 
-    def __init__(self, model: CoreSeg, processor: CoreSegProcessor, scope: Scope | None = None) -> None:
+    def __init__(
+        self,
+        model: CoreSeg,
+        processor: CoreSegProcessor,
+        scope: Scope | None = None,
+        confidence: Confidence | None = None,
+    ) -> None:
         self.model: CoreSeg = model.eval()  # type: ignore[no-untyped-call]
         self.processor = processor
         self.scope = scope
+        self.confidence = confidence
 
     @classmethod
     def from_pretrained(
@@ -55,7 +65,7 @@ class Segmenter:
             raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
         model, processor = load_parts(name_or_path, DTYPES[dtype])
         model.to(device=place)  # type: ignore[call-arg]
-        return cls(model, processor, scope_of(name_or_path))
+        return cls(model, processor, scope_of(name_or_path), confidence_of(name_or_path))
 
     def segment(self, image: Source, question: str, *, constrained: bool = True) -> Result:
         """Answer one question about one picture (a path, an array, or a PIL image). The same answer every time.
@@ -116,41 +126,62 @@ class Segmenter:
             constraint=constraint,
             read_boxes=partial(self.processor.read_boxes, frames_wh=batch.frames_wh),
         )
+        with torch.no_grad():
+            blind = self.model.question_blind(maps)
         seconds = (time.perf_counter() - started) / len(pictures)
-        textures = texture(maps).cpu()
+        outputs = map(
+            _Output, generated.ids, generated.mask_logits, generated.log_probabilities, blind, texture(maps).cpu()
+        )
         return [
-            self._result(picture, question, ids, logits, frame, seen, seconds)
-            for picture, question, ids, logits, frame, seen in zip(
-                pictures, questions, generated.ids, generated.mask_logits, batch.frames_wh, textures, strict=True
-            )
+            self._result(picture, question, output, frame, seconds)
+            for picture, question, output, frame in zip(pictures, questions, outputs, batch.frames_wh, strict=True)
         ]
 
     def _result(
-        self,
-        picture: np.ndarray,
-        question: str,
-        ids: list[int],
-        mask_logits: torch.Tensor | None,
-        frame_wh: tuple[int, int],
-        seen: torch.Tensor,
-        seconds: float,
+        self, picture: np.ndarray, question: str, output: "_Output", frame_wh: tuple[int, int], seconds: float
     ) -> Result:
         """One row's ids and mask logits, brought back to the picture's own pixels."""
         height, width = picture.shape[:2]
-        text = self.processor.decode(ids)
+        text = self.processor.decode(output.ids)
         answer = self.processor.read(text, frame_wh, (width, height))
-        mask = np.zeros((height, width), dtype=bool)
-        if answer is not None and answer.found and mask_logits is not None:
-            mask = self.processor.mask_from_logits(mask_logits, (height, width))
+        found = answer is not None and answer.found
+        logits = output.mask_logits if found else None
+        mask, blind = (
+            np.zeros((height, width), dtype=bool)
+            if each is None
+            else self.processor.mask_from_logits(each, (height, width))
+            for each in (logits, output.blind_logits)
+        )
+        boxes = np.array(answer.boxes if answer else (), dtype=np.int64).reshape(-1, 4)
+        unlike = self.scope.unlike(output.texture) if self.scope else 0.0
+        signs = asdict(
+            Signs.read(mask, boxes, blind, logits, output.blind_logits, words=output.log_probability, unlike=unlike)
+        )
+        confidence = None
+        if self.confidence:
+            confidence = self.confidence.of(signs) if answer else 0.0
         return Result(
             mask=mask,
-            boxes=np.array(answer.boxes if answer else (), dtype=np.int64).reshape(-1, 4),
+            boxes=boxes,
             reasoning=answer.reasoning if answer else "",
             answer=answer_sentence(answer) if answer else "",
             text=text,
-            found=bool(answer and answer.found),
+            found=found,
             valid=answer is not None,
             seconds=seconds,
             image=picture,
-            warnings=self.scope.warnings(seen, question, answer) if self.scope else (),
+            warnings=self.scope.warnings(output.texture, question, answer) if self.scope else (),
+            confidence=confidence,
+            signs=signs,
         )
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What the model gave for one row."""
+
+    ids: list[int]
+    mask_logits: Float[torch.Tensor, "map_height map_width"] | None
+    log_probability: float
+    blind_logits: Float[torch.Tensor, "map_height map_width"]
+    texture: Float[torch.Tensor, " textures"]

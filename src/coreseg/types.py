@@ -4,6 +4,7 @@ Boxes are half-open integer pixels `x1, y1, x2, y2`, origin top-left, x right, y
 Their frame is the original image unless a name says otherwise.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,9 @@ class Result:
     image: the picture the mask lies on, upright RGB.
     warnings: why not to rely on it: a picture or question that is unlike what the model was trained on. A model without
     a record of that (`coreseg merge --scope`) never warns.
+    confidence: the Dice that the model expects of its mask, in [0, 1]; 0 where the form is invalid. None for a model
+    that never learned how sure it may be (`coreseg merge --confidence`).
+    signs: what the confidence is told from, see `coreseg.model.confidence.Signs`.
     """
 
     mask: Bool[np.ndarray, "height width"]
@@ -83,6 +87,8 @@ class Result:
     seconds: float
     image: UInt8[np.ndarray, "height width 3"]
     warnings: tuple[str, ...] = ()
+    confidence: float | None = None
+    signs: Mapping[str, float] | None = None
 
     def overlay(self) -> "Image":
         """The image with mask outline and boxes drawn on it, at the image's own size."""

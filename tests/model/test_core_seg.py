@@ -277,8 +277,6 @@ def test_rows_without_a_marker_have_no_mask(
 
 @torch.no_grad()
 def test_cached_maps_give_the_mask_that_pixels_give(nano: Segmenter, pictures: list[np.ndarray]) -> None:
-    from coreseg.sam2 import encode_image
-
     batch = nano.processor(pictures[:1], ["Where?"], ANSWERS[:1])
     maps = encode_image(nano.model.segmenter, batch.segmenter_pixels)
     cached = nano.model(batch.input_ids, batch.attention_mask, batch.reasoner_inputs, segmenter_maps=maps)
@@ -369,10 +367,24 @@ def test_written_boxes_do_not_change_the_mask(
     assert given == []
 
 
+@torch.no_grad()
+def test_how_likely_the_words_were(segmenter: Segmenter, pictures: list[np.ndarray], questions: list[str]) -> None:
+    """As a pass over the whole text has it, greedy and without the grammar, which would leave some steps no choice."""
+    batch = segmenter.processor(pictures, questions)
+    written = generate(segmenter, batch, constrained=False)
+    again = with_completion(segmenter, batch, written.ids)
+    likely = forward(segmenter.model, again).logits.log_softmax(-1).amax(-1)
+    for row, ids in enumerate(written.ids):
+        expected = likely[row, -len(ids) - 1 :][: len(ids) + 1].mean()
+        assert written.log_probabilities[row] == pytest.approx(float(expected), abs=0.02), row
+    constrained = generate(segmenter, batch)
+    assert all(-10 < told < 0 for told in constrained.log_probabilities)
+
+
 def test_question_blind_masks_know_no_question(nano: Segmenter, pictures: list[np.ndarray]) -> None:
     pixels = nano.processor.segmenter_pixels(pictures[0])
     with torch.no_grad():
-        assert nano.model.question_blind(pixels).shape == (1, 16, 16)
+        assert nano.model.question_blind(encode_image(nano.model.segmenter, pixels)).shape == (1, 16, 16)
 
 
 def hostile_question(rng: np.random.Generator) -> str:

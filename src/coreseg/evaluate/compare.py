@@ -22,7 +22,7 @@ from rich.markup import escape
 from coreseg.errors import ConfigError, DataError
 from coreseg.evaluate.records import SCORES, Record, Score, attribute_gain, is_empty
 from coreseg.evaluate.report import cell, new_table
-from coreseg.evaluate.run import read_records
+from coreseg.evaluate.run import read_folder
 from coreseg.metrics import Interval, difference_interval, macro_mean
 
 LISTED = 5
@@ -98,9 +98,7 @@ def read_side(name: str, folders: Sequence[Path]) -> list[Run]:
 
 
 def _read_run(folder: Path) -> Run:
-    written = read_records(folder / "records.jsonl") or read_records(folder / "records.jsonl.gz")
-    if written is None or not written.records:
-        raise DataError(f"{folder}: no records in it; expected a folder that `coreseg evaluate SET --out FOLDER` wrote")
+    written = read_folder(folder)
     if missing := {"model_settings", *_ASKED} - written.settings.keys():
         raise DataError(f"{folder}: its records lack the settings {', '.join(sorted(missing))}; evaluate anew")
     return Run(folder, written.settings, written.records)

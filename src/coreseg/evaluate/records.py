@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from coreseg.answer import parse
+from coreseg.evaluate.sureness import sureness
 from coreseg.metrics import Interval, bootstrap_interval, is_failure, macro_bootstrap_interval, macro_mean
 from coreseg.sentences import KINDS, find_all
 from coreseg.types import Box
@@ -35,6 +36,7 @@ class Record:
     other_dice: where the same image also shows another category: Dice of the answered mask with that one's lesions.
     reference_words, mask_words: of each kind of statement that can be measured on the asked mask, and on the answered
     one, the measured value and after it the others that count as true; None in records of earlier versions.
+    confidence, signs: as in the result; None where the predictor has none, and in records of earlier versions.
     """
 
     file_name: str
@@ -62,6 +64,8 @@ class Record:
     other_dice: float | None = None
     reference_words: Mapping[str, Sequence[str]] | None = None
     mask_words: Mapping[str, Sequence[str]] | None = None
+    confidence: float | None = None
+    signs: Mapping[str, float] | None = None
 
     @property
     def drawn_with(self) -> str:
@@ -115,6 +119,7 @@ def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, Any]:
       pooled and by source. The two questions share the image's maps, so only the prompt can tell them apart.
     - `attributes`: the attribute questions apart, see `_attributes`.
     - `statements`: whether what the reasoning states is true, see `_statements`.
+    - `confidence`: whether the model knows how good its masks are, see `coreseg.evaluate.sureness`.
     - `seconds_median`: wall time per image.
 
     A block without rows is None.
@@ -135,6 +140,7 @@ def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, Any]:
         "pairs": _pairs([record for record in lesion if record.other_dice is not None], seed),
         "attributes": _attributes([record for record in records if record.attribute], seed),
         "statements": _statements([record for record in lesion if record.reference_words is not None], seed),
+        "confidence": _sureness([record for record in plain if record.confidence is not None], seed),
         "seconds_median": median(record.seconds for record in plain) if plain else None,
     }
 
@@ -195,6 +201,11 @@ def _presence(lesion: Sequence[Record], lesion_free: Sequence[Record], seed: int
             for source in sources
         },
     }
+
+
+def _sureness(records: Sequence[Record], seed: int) -> dict[str, Any] | None:
+    told, cases = [record.confidence or 0.0 for record in records], [record.drawn_with for record in records]
+    return sureness(told, [record.dice for record in records], cases, seed)
 
 
 def _statements(records: Sequence[Record], seed: int) -> dict[str, Any] | None:

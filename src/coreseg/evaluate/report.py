@@ -44,6 +44,16 @@ _ATTRIBUTES = {
     "failure": "failure rate",
     "detect": "detect score",
 }
+_SURENESS = {
+    "auroc": "AUROC of telling Dice of 0.5 or more",
+    "calibration_error": "calibration error",
+    "risk": "1 - Dice: what any constant has",
+    "risk_kept": "  mean over all shares, surest first",
+    "risk_best": "  the same in the best order",
+    "kept_90": "mDice of the surest 90 %",
+    "kept_75": "mDice of the surest 75 %",
+    "kept_50": "mDice of the surest 50 %",
+}
 _TITLES = {
     "source": "By set",
     "modality": "By modality",
@@ -162,6 +172,7 @@ def print_table(evaluation: Evaluation, baselines: Sequence[Evaluation] = (), co
         _block_table("Images with two categories: is it the asked one?", _PAIRS, "pairs", columns),
         _block_table("Questions about some of the lesions", _ATTRIBUTES, "attributes", columns),
         _statement_table(columns),
+        _block_table("Does it know how good its mask is?", _SURENESS, "confidence", columns),
         *(_part_table(title, part, columns) for part, title in _TITLES.items()),
     ):
         if table.row_count:

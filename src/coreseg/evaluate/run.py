@@ -23,6 +23,7 @@ from coreseg.errors import ConfigError, DataError
 from coreseg.evaluate.records import Record, summarise
 from coreseg.masks import box_tuples, mask_to_boxes
 from coreseg.metrics import Boxes, detect_score, dice, iou
+from coreseg.model.confidence import Confidence
 from coreseg.sentences import pick
 from coreseg.statements import measured_and_accepted
 from coreseg.types import Result, Sample
@@ -240,6 +241,8 @@ def scored(
         other_dice=None if ask.other is None else dice(mask, ask.other),
         reference_words=_true_words(ask.image, ask.reference),
         mask_words=_true_words(ask.image, mask),
+        confidence=result.confidence,
+        signs=result.signs,
     )
 
 
@@ -298,6 +301,27 @@ def read_records(file: Path) -> Written | None:
             finished += row
             row, finished_bytes = [], size_bytes
     return Written(settings, tuple(finished), finished_bytes)
+
+
+def read_folder(folder: Path) -> Written:
+    """What `coreseg evaluate --out` wrote to a folder, or a packed copy of it. DataError where there are no records."""
+    written = read_records(folder / "records.jsonl") or read_records(folder / "records.jsonl.gz")
+    if written is None or not written.records:
+        raise DataError(f"{folder}: no records in it; expected a folder that `coreseg evaluate SET --out FOLDER` wrote")
+    return written
+
+
+def fit_confidence(folder: Path) -> Confidence:
+    """How sure a model may be, from the records of its answers, lesion-free rows included, attribute questions not.
+
+    Raises DataError as `read_folder`, and where too few records hold what an answer showed of itself.
+    """
+    told = [
+        (record.signs, record.dice)
+        for record in read_folder(folder).records
+        if record.signs and record.valid and not record.attribute
+    ]
+    return Confidence.fit([signs for signs, _ in told], [dice for _, dice in told])
 
 
 def _parsed(line: bytes, meaning: Callable[[Any], Parsed], where: str) -> Parsed:

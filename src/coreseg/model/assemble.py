@@ -17,6 +17,7 @@ from transformers import (
 
 from coreseg.answer import SEG_TOKEN
 from coreseg.errors import ModelError
+from coreseg.model.confidence import Confidence
 from coreseg.model.core_seg import SEGMENTER_FAMILY, CoreSeg, CoreSegConfig, Probe, fresh_adapter
 from coreseg.model.processor import CoreSegProcessor
 from coreseg.model.scope import Scope
@@ -194,16 +195,23 @@ def scope_of(name_or_path: str | Path) -> Scope | None:
     return Scope.load(find_checkpoint(EMBEDDED if str(name_or_path) == EMBEDDED_SFT else name_or_path))
 
 
+def confidence_of(name_or_path: str | Path) -> Confidence | None:
+    """How sure a checkpoint may be of its masks, if it knows. Raises ModelError where there is no such model."""
+    return Confidence.load(find_checkpoint(name_or_path))
+
+
 def export(
     run: str | Path,
     out: Path,
     dtype: str = "bfloat16",
     shard_size: str = "5GB",
     fit: Callable[[CoreSeg, CoreSegProcessor], Scope] | None = None,
+    confidence: Confidence | None = None,
 ) -> None:
     """Write a checkpoint or a run's best state to `out` as one folder, in another precision.
 
-    `fit` makes the record of what it was trained on, otherwise it keeps the one that it has. Raises ModelError for an
+    `fit` makes the record of what it was trained on, otherwise it keeps the one that it has, as it does its confidence
+    where none is given. Raises ModelError for an
     unknown precision or where `out` is not empty, and what `fit` raises, before anything is written.
     """
     if dtype not in DTYPES:
@@ -213,5 +221,6 @@ def export(
     scope = fit(model, processor) if fit else scope_of(run)
     model.save_pretrained(out, max_shard_size=shard_size)
     processor.save_pretrained(out)
-    if scope:
-        scope.save(out)
+    for beside in (scope, confidence or confidence_of(run)):
+        if beside:
+            beside.save(out)

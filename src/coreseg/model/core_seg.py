@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoModelForMaskGeneration,
+    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
@@ -113,10 +114,15 @@ class TrainingOutput:
 
 @dataclass(frozen=True)
 class Generation:
-    """What generation gives, row by row: the completion's ids (cut at the end of text) and mask logits or None."""
+    """What generation gives, row by row: the completion's ids (cut at the end of text), and mask logits or None.
+
+    `log_probabilities` are the likeliest token's, which is the one written where nothing is sampled: their mean over a
+    row's tokens and the end of text.
+    """
 
     ids: list[list[int]]
     mask_logits: list[Float[torch.Tensor, "height width"] | None]
+    log_probabilities: list[float]
 
 
 class CoreSeg(PreTrainedModel):
@@ -237,12 +243,9 @@ class CoreSeg(PreTrainedModel):
             prompt = torch.cat([prompt, box_prompts(self.segmenter, boxes)], dim=2)
         return decode_masks(self.segmenter, maps, prompt)[:, 0]
 
-    def question_blind(
-        self, segmenter_pixels: Float[torch.Tensor, "batch 3 side side"]
-    ) -> Float[torch.Tensor, "batch height width"]:
+    def question_blind(self, maps: FeatureMaps) -> Float[torch.Tensor, "batch height width"]:
         """Mask logits of the segmenter's "any lesion" prompt: what it finds without knowing the question."""
-        maps = encode_image(self.segmenter, segmenter_pixels)
-        return decode_masks(self.segmenter, maps, any_lesion_prompt(self.segmenter, len(segmenter_pixels)))[:, 0]
+        return decode_masks(self.segmenter, maps, any_lesion_prompt(self.segmenter, len(maps[0])))[:, 0]
 
     def in_boxes(
         self, segmenter_pixels: Float[torch.Tensor, "batch 3 side side"], boxes: Boxes
@@ -286,6 +289,7 @@ class CoreSeg(PreTrainedModel):
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        likeliest = _Likeliest()
         with _last_hidden_states(self.reasoner) as seen:
             sequences = self.reasoner.generate(
                 input_ids=input_ids,
@@ -298,7 +302,7 @@ class CoreSeg(PreTrainedModel):
                 repetition_penalty=1.0,
                 use_cache=True,
                 suppress_tokens=_placeholders(self.config.reasoner_config),
-                logits_processor=LogitsProcessorList([constraint] if constraint else []),
+                logits_processor=LogitsProcessorList([*([constraint] if constraint else []), likeliest]),
                 **sampling,
             )
         completion = sequences[:, input_ids.shape[1] :]
@@ -324,7 +328,25 @@ class CoreSeg(PreTrainedModel):
             decoded = self.decode(states[with_mask], present[with_mask], maps, boxes)
             for row, logits in zip(numbers, decoded, strict=True):
                 mask_logits[row] = logits
-        return Generation(ids=rows, mask_logits=mask_logits)
+        return Generation(rows, mask_logits, likeliest.means([len(row) + 1 for row in rows]))
+
+
+class _Likeliest(LogitsProcessor):
+    """Notes how likely each row's likeliest next token is, and changes nothing."""
+
+    def __init__(self) -> None:
+        self._seen: list[Float[torch.Tensor, " batch"]] = []
+
+    def __call__(
+        self, input_ids: Int[torch.Tensor, "batch tokens"], scores: Float[torch.Tensor, "batch vocabulary"]
+    ) -> Float[torch.Tensor, "batch vocabulary"]:
+        self._seen.append(scores.float().log_softmax(-1).amax(-1))
+        return scores
+
+    def means(self, tokens: Sequence[int]) -> list[float]:
+        """The mean logarithm over so many first tokens of each row, or over all where there are fewer."""
+        seen = torch.stack(self._seen, dim=1).cpu()
+        return [float(row[:count].mean()) for row, count in zip(seen, tokens, strict=True)]
 
 
 def _placeholders(reasoner_config: Any) -> list[int] | None:
