@@ -126,12 +126,8 @@ class Segmenter:
             constraint=constraint,
             read_boxes=partial(self.processor.read_boxes, frames_wh=batch.frames_wh),
         )
-        with torch.no_grad():
-            blind = self.model.question_blind(maps)
         seconds = (time.perf_counter() - started) / len(pictures)
-        outputs = map(
-            _Output, generated.ids, generated.mask_logits, generated.log_probabilities, blind, texture(maps).cpu()
-        )
+        outputs = map(_Output, generated.ids, generated.mask_logits, generated.log_probabilities, texture(maps).cpu())
         return [
             self._result(picture, question, output, frame, seconds)
             for picture, question, output, frame in zip(pictures, questions, outputs, batch.frames_wh, strict=True)
@@ -146,17 +142,11 @@ class Segmenter:
         answer = self.processor.read(text, frame_wh, (width, height))
         found = answer is not None and answer.found
         logits = output.mask_logits if found else None
-        mask, blind = (
-            np.zeros((height, width), dtype=bool)
-            if each is None
-            else self.processor.mask_from_logits(each, (height, width))
-            for each in (logits, output.blind_logits)
-        )
+        mask = np.zeros((height, width), dtype=bool)
+        if logits is not None:
+            mask = self.processor.mask_from_logits(logits, (height, width))
         boxes = np.array(answer.boxes if answer else (), dtype=np.int64).reshape(-1, 4)
-        unlike = self.scope.unlike(output.texture) if self.scope else 0.0
-        signs = asdict(
-            Signs.read(mask, boxes, blind, logits, output.blind_logits, words=output.log_probability, unlike=unlike)
-        )
+        signs = asdict(Signs.read(mask, boxes, logits, output.log_probability))
         confidence = None
         if self.confidence:
             confidence = self.confidence.of(signs) if answer else 0.0
@@ -183,5 +173,4 @@ class _Output:
     ids: list[int]
     mask_logits: Float[torch.Tensor, "map_height map_width"] | None
     log_probability: float
-    blind_logits: Float[torch.Tensor, "map_height map_width"]
     texture: Float[torch.Tensor, " textures"]

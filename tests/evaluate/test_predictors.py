@@ -61,12 +61,8 @@ def test_the_question_blind_baseline(bright_segmenter: Any, lesion_set: LesionSe
     samples = lesion_set.split("val")[:2]
     segmenter = bright_segmenter()
     half = torch.cat([torch.full((8, 4), -9.0), torch.full((8, 4), 9.0)], dim=1)
-    encoder = SimpleNamespace(vision_encoder=lambda pixels, return_dict: SimpleNamespace(fpn_hidden_states=[pixels]))
     segmenter.model = SimpleNamespace(
-        device="cpu",
-        dtype=torch.float32,
-        segmenter=encoder,
-        question_blind=lambda maps: torch.stack([half, -9 * torch.ones(8, 8)]),
+        device="cpu", dtype=torch.float32, question_blind=lambda pixels: torch.stack([half, -9 * torch.ones(8, 8)])
     )
     from coreseg.model.processor import CoreSegProcessor
 

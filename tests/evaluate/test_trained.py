@@ -101,7 +101,7 @@ def test_the_segmenters_own_pixels_and_prompt_are_taken_over(tiny_core_seg: Path
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     square = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
     with torch.no_grad():
-        blind = model.question_blind(encode_image(model.segmenter, processor.segmenter_pixels(image)))
+        blind = model.question_blind(processor.segmenter_pixels(image))
         untrained = CategoryPrompt.of(model, CATEGORIES).eval()(square, torch.tensor([1]))
     assert torch.allclose(untrained, blind, atol=1e-5)
 

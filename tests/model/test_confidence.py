@@ -10,29 +10,27 @@ import pytest
 import torch
 
 from coreseg.errors import DataError, ModelError
-from coreseg.model.confidence import FARTHEST, NAMES, Confidence, Signs
+from coreseg.metrics import Boxes
+from coreseg.model.confidence import NAMES, Confidence, Signs
 
-NOBODY = np.zeros((20, 30), dtype=bool)
+NOTHING = np.zeros((20, 30), dtype=bool)
 
 
-def signs(mask: np.ndarray, boxes: object = (), blind: np.ndarray = NOBODY, **more: object) -> Signs:
+def signs(mask: np.ndarray, boxes: Boxes = (), sure: float = 20.0) -> Signs:
     """Signs of an answer in a picture of 20 x 30 pixels whose decoder's map has the same size."""
-    logits = torch.where(torch.from_numpy(mask), 1.0, -1.0) * float(str(more.pop("sure", 20.0)))
-    told = {"blind_logits": torch.full((20, 30), -20.0), "words": -0.1, "unlike": 0.5, **more}
-    return Signs.read(mask, boxes, blind, logits, **told)  # type: ignore[arg-type]
+    return Signs.read(mask, boxes, torch.where(torch.from_numpy(mask), sure, -sure), -0.1)
 
 
-def square(side: int, at: int = 2) -> np.ndarray:
-    mask = NOBODY.copy()
-    mask[at : at + side, at : at + side] = True
+def square(side: int) -> np.ndarray:
+    mask = NOTHING.copy()
+    mask[2 : 2 + side, 2 : 2 + side] = True
     return mask
 
 
 def test_an_answer_that_agrees_with_itself() -> None:
-    seen = signs(square(6), [(2, 2, 8, 8)], square(6))
-    assert (seen.found, seen.boxes, seen.blind, seen.unseen) == (1.0, 1.0, 1.0, 0.0)
+    seen = signs(square(6), [(2, 2, 8, 8)])
+    assert (seen.found, seen.boxes, seen.words) == (1.0, 1.0, -0.1)
     assert seen.sharp == pytest.approx(1.0, abs=1e-6)
-    assert (seen.words, seen.unlike) == (-0.1, 0.5)
 
 
 def test_disagreement_shows() -> None:
@@ -41,28 +39,21 @@ def test_disagreement_shows() -> None:
     assert unsure.sharp == pytest.approx(2 * inside * p / (inside * p + (600 - inside) * (1 - p) + inside), rel=1e-5)
     assert unsure.sharp < sure.sharp
     assert signs(square(6), [(2, 2, 8, 5)]).boxes == 0.5, "half of the box: IoU 0.5"
-    assert signs(square(6), blind=square(6, at=5)).blind == pytest.approx(2 * 9 / 72)
 
 
 def test_size_goes_from_a_pixel_in_a_hundred_thousand_to_all() -> None:
     assert signs(np.ones((20, 30), dtype=bool)).size == 1.0
-    mask = NOBODY.copy()
+    mask = NOTHING.copy()
     mask[0, :6] = True
     assert signs(mask).size == pytest.approx(3 / 5), "a hundredth of the picture"
 
 
-def test_where_nothing_is_found_the_blind_prompt_may_see_something() -> None:
-    peak = torch.full((20, 30), -20.0)
-    peak[3, 3] = 0.0
-    seen = Signs.read(NOBODY, (), square(1, 3), None, peak, words=-0.2, unlike=99.0)
-    assert asdict(seen) == {
-        **dict.fromkeys(NAMES, 0.0),
-        "unseen": 0.5,
-        "words": pytest.approx(-0.2),
-        "unlike": FARTHEST,
-    }
-    never = Signs.read(NOBODY, (), NOBODY, peak, peak, words=-0.2, unlike=0.0)
-    assert never.found == 0.0, "a mask that came out empty is no mask"
+def test_without_a_mask_only_the_words_tell() -> None:
+    words_alone = {**dict.fromkeys(NAMES, 0.0), "words": -0.2}
+    assert asdict(Signs.read(NOTHING, (), None, -0.2)) == words_alone
+    assert asdict(Signs.read(NOTHING, [(1, 1, 2, 2)], torch.full((20, 30), -1.0), -0.2)) == words_alone, (
+        "it came out empty"
+    )
 
 
 def made_up(count: int, seed: int = 0) -> tuple[list[Mapping[str, float]], list[float]]:
@@ -81,13 +72,13 @@ def test_it_learns_which_signs_tell() -> None:
     assert abs(told.mean() - np.mean(dices)) < 0.02
     strongest = sorted(NAMES, key=lambda name: -abs(fitted.weights[name]))[:2]
     assert set(strongest) == {"sharp", "boxes"}
-    assert abs(fitted.weights["unlike"]) < 0.3
+    assert abs(fitted.weights["size"]) < 0.3
 
 
 def test_signs_that_never_differ_do_no_harm() -> None:
     rows, dices = made_up(100)
-    fitted = Confidence.fit([{**row, "unlike": 0.0} for row in rows], dices)
-    assert np.isfinite(list(fitted.weights.values())).all() and 0 < fitted.of({**rows[0], "unlike": 0.0}) < 1
+    fitted = Confidence.fit([{**row, "size": 0.0} for row in rows], dices)
+    assert np.isfinite(list(fitted.weights.values())).all() and 0 < fitted.of({**rows[0], "size": 0.0}) < 1
     always = Confidence.fit(rows, [1.0] * 100)
     assert 0.9 < always.of(rows[0]) < 1
 

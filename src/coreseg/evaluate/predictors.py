@@ -15,7 +15,6 @@ from coreseg.evaluate.run import Images
 from coreseg.masks import box_tuples, mask_to_boxes
 from coreseg.model.assemble import find_checkpoint
 from coreseg.model.processor import CoreSegProcessor
-from coreseg.sam2 import encode_image
 from coreseg.segmenter import Segmenter
 from coreseg.types import Answer, Result, Sample
 
@@ -77,7 +76,7 @@ class QuestionBlind(SegmenterAlone):
         self, pixels: Float[torch.Tensor, "batch 3 side side"], samples: Sequence[Sample], images: Images
     ) -> Float[torch.Tensor, "batch height width"]:
         """Nothing of the samples is used."""
-        return self.segmenter.model.question_blind(encode_image(self.segmenter.model.segmenter, pixels))
+        return self.segmenter.model.question_blind(pixels)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """How good a model expects its own mask to be.
 
 An answer shows how sure it is: whether the mask's probabilities are near 0 and 1, whether the written boxes lie around
-the mask, whether it is what the segmenter finds without the question, how likely the words were. A logistic regression
-turns these signs into the expected Dice. Signs mean the same for any weights, so a regression that was fitted on
-pictures which a model was not trained on says little about that model's features, and nothing about its pictures.
+the mask, how large it is, how likely the words were. A logistic regression turns these signs into the expected Dice.
+They mean the same whatever the weights, so that a few hundred answers teach it, about pictures that the model was not
+trained on, or that another model of the same recipe was not.
 
 Source: our choice throughout; that the disagreement of a model with itself predicts its Dice is Roy et al. (arXiv
 1811.09800).
@@ -23,7 +23,7 @@ from transformers.utils.hub import cached_file
 
 from coreseg.errors import DataError, ModelError
 from coreseg.masks import mask_to_boxes
-from coreseg.metrics import Boxes, detect_score, dice
+from coreseg.metrics import Boxes, detect_score
 
 FILE = "confidence.json"
 FEWEST = 30
@@ -31,59 +31,44 @@ FEWEST = 30
 RIDGE = 1.0
 """Weight of the squared weights of signs at deviation 1, in answers. Our choice: a few hundred answers are usual."""
 SMALLEST_SHARE = 1e-5
-FARTHEST = 3.0
-"""Limits of the scope: what is farther away is equally strange."""
 
 
 @dataclass(frozen=True)
 class Signs:
-    """What an answer shows of how sure it is. The first five are 0 where the answer says that nothing is there.
+    """What an answer shows of how sure it is. All but the words are 0 where there is no mask.
 
     found: 1 where it gives a mask.
     sharp: Dice of the mask's probabilities with the mask, 1 where all are 0 or 1.
     boxes: detect score of the written boxes against the mask's.
-    blind: Dice with the mask of the segmenter's "any lesion" prompt.
     size: logarithm of the mask's share of the picture, from 0 for 1e-5 or less to 1 for all of it.
-    unseen: where it says that nothing is there, the highest probability of a pixel under the "any lesion" prompt.
     words: mean log-probability of its tokens, fixed ones included.
-    unlike: how far the picture is from the training pictures, in limits of the scope, 3 at most; 0 without a scope.
     """
 
     found: float
     sharp: float
     boxes: float
-    blind: float
     size: float
-    unseen: float
     words: float
-    unlike: float
 
     @classmethod
     def read(
         cls,
         mask: Bool[np.ndarray, "height width"],
         boxes: Boxes,
-        blind: Bool[np.ndarray, "height width"],
         logits: Float[torch.Tensor, "map_height map_width"] | None,
-        blind_logits: Float[torch.Tensor, "map_height map_width"],
         words: float,
-        unlike: float,
     ) -> "Signs":
-        """The signs of one answer: masks and boxes in the picture's own pixels, logits as the mask decoder has them."""
-        told = {"words": words, "unlike": min(unlike, FARTHEST)}
+        """The signs of one answer: mask and boxes in the picture's own pixels, logits as they are decoded."""
         if logits is None or not mask.any():
-            unseen = float(blind_logits.float().sigmoid().max())
-            return cls(found=0.0, sharp=0.0, boxes=0.0, blind=0.0, size=0.0, unseen=unseen, **told)
+            return cls(found=0.0, sharp=0.0, boxes=0.0, size=0.0, words=words)
         probabilities, inside = logits.float().sigmoid(), logits > 0
         total = float(probabilities.sum()) + int(inside.sum())
         return cls(
             found=1.0,
             sharp=2 * float(probabilities[inside].sum()) / total,
             boxes=detect_score(boxes, mask_to_boxes(mask)),
-            blind=dice(mask, blind),
             size=1 - float(np.log10(max(mask.mean(), SMALLEST_SHARE)) / np.log10(SMALLEST_SHARE)),
-            unseen=0.0,
-            **told,
+            words=words,
         )
 
 

@@ -243,9 +243,12 @@ class CoreSeg(PreTrainedModel):
             prompt = torch.cat([prompt, box_prompts(self.segmenter, boxes)], dim=2)
         return decode_masks(self.segmenter, maps, prompt)[:, 0]
 
-    def question_blind(self, maps: FeatureMaps) -> Float[torch.Tensor, "batch height width"]:
+    def question_blind(
+        self, segmenter_pixels: Float[torch.Tensor, "batch 3 side side"]
+    ) -> Float[torch.Tensor, "batch height width"]:
         """Mask logits of the segmenter's "any lesion" prompt: what it finds without knowing the question."""
-        return decode_masks(self.segmenter, maps, any_lesion_prompt(self.segmenter, len(maps[0])))[:, 0]
+        maps = encode_image(self.segmenter, segmenter_pixels)
+        return decode_masks(self.segmenter, maps, any_lesion_prompt(self.segmenter, len(segmenter_pixels)))[:, 0]
 
     def in_boxes(
         self, segmenter_pixels: Float[torch.Tensor, "batch 3 side side"], boxes: Boxes

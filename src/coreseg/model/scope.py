@@ -89,10 +89,6 @@ class Scope:
         offsets = ((textures.to(self.scale) / self.scale) @ self.whitening)[:, None] - self.centres
         return offsets.square().sum(-1)
 
-    def unlike(self, texture: Float[torch.Tensor, " channels"]) -> float:
-        """How far a picture's texture is from the nearest centre, in limits."""
-        return float(self.distances(texture[None]).min()) / self.limit
-
     def warnings(
         self, texture: Float[torch.Tensor, " channels"], question: str, answer: Answer | None
     ) -> tuple[str, ...]:
@@ -100,7 +96,7 @@ class Scope:
         distances = self.distances(texture[None])[0]
         nearest = self.kinds[int(distances.argmin())]
         told = []
-        if self.unlike(texture) > 1:
+        if distances.min() > self.limit:
             kinds = listed([str(kind) for kind in self.kinds])
             told.append(f"the picture looks like none that this model was trained on ({kinds})")
         if answer is None:
