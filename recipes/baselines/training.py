@@ -11,7 +11,8 @@ from segmenter import draw_weights
 
 from coreseg.data.store import LesionSet
 from coreseg.evaluate.trained import TrainedBaseline
-from coreseg.train.baselines import Budget, fit, load_rows
+from coreseg.train.baselines import fit, load_rows
+from coreseg.train.loop import Budget
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

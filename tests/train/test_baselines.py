@@ -20,8 +20,9 @@ from coreseg.data.store import LesionSet, write_set
 from coreseg.errors import MissingExtraError, TrainingError
 from coreseg.evaluate.trained import TrainedBaseline, UNetBaseline
 from coreseg.testing import write_phantom_set
-from coreseg.train import baselines
-from coreseg.train.baselines import Budget, Rows, build_unet, fit, fold_runner, load_rows, train_fold
+from coreseg.train import baselines, loop
+from coreseg.train.baselines import Rows, build_unet, fit, fold_runner, load_rows, train_fold
+from coreseg.train.loop import Budget
 from coreseg.types import Sample
 
 SETTINGS = FilterSettings(steps=4, size_px=32, network="plain", folds=2, pool_under=4)
@@ -76,17 +77,17 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], None]:
 def test_a_stopped_training_ends_with_the_very_same_model(
     rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(baselines, "SAVE_EVERY", 3)
+    monkeypatch.setattr(loop, "SAVE_EVERY", 3)
     expected, _ = trained(rows, tmp_path / "one", Budget(steps=8))
     go_on = killed_at(monkeypatch, 5)
     with pytest.raises(Killed):
         trained(rows, tmp_path / "other", Budget(steps=8))
     go_on()
-    drawn: list[int] = []
-    real = baselines._loss
-    monkeypatch.setattr(baselines, "_loss", lambda *given: (drawn.append(given[-1]), real(*given))[1])
+    again: list[int] = []
+    real = baselines.augment
+    monkeypatch.setattr(baselines, "augment", lambda *given: (again.append(1), real(*given))[1])
     resumed, steps = trained(rows, tmp_path / "other", Budget(steps=8))
-    assert steps == 8 and drawn == [3, 4, 5, 6, 7], "on from the last checkpoint"
+    assert steps == 8 and len(again) == 5, "on from the last checkpoint, at step 3"
     for name, value in resumed.state_dict().items():
         assert torch.equal(value, expected.state_dict()[name]), name
 
@@ -207,7 +208,7 @@ def test_a_category_that_the_other_folds_lack_is_scored_too(phantoms: LesionSet,
 def test_a_whole_filter_on_phantoms_killed_and_resumed(
     phantoms: LesionSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(baselines, "SAVE_EVERY", 2)
+    monkeypatch.setattr(loop, "SAVE_EVERY", 2)
     go_on = killed_at(monkeypatch, 7)  # in the middle of the second fold
     with pytest.raises(Killed):
         filter_set(phantoms, tmp_path / "a/hard", SETTINGS, quiet, progress=False)

@@ -1,14 +1,8 @@
-"""Training of baselines (`coreseg.evaluate.trained`): rows, augmentation, loss, average, and a budget of steps or time.
-
-A step sees rows, each with its own category's mask. The learning rate falls along the share of the budget that is
-spent. Processor time is that of this process, user and system together, so that runs on a busy machine compare; reading
-the pictures is not charged.
+"""Training of baselines (`coreseg.evaluate.trained`): rows, each with its own category's mask, in `coreseg.train.loop`.
 
 Our choice throughout: the paper names a U-Net for its filter and says no more of it.
 """
 
-import io
-import json
 import math
 import multiprocessing
 import os
@@ -25,29 +19,26 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
 from tqdm import tqdm
 
 from coreseg.data.build.difficulty import Fold
 from coreseg.data.build.scores import FilterSettings, RunFolds
 from coreseg.data.store import LesionSet
-from coreseg.errors import MissingExtraError, TrainingError
+from coreseg.errors import MissingExtraError
 from coreseg.evaluate.trained import TrainedBaseline, UNetBaseline
 from coreseg.metrics import dice
 from coreseg.model.processor import stretch_image
 from coreseg.train.augment import augment
 from coreseg.train.collate import stretch_mask
+from coreseg.train.loop import Budget, spend
 from coreseg.train.losses import dice_ce
-from coreseg.train.trainer import Clock
 from coreseg.types import Sample
 
 ENCODER = "tf_efficientnet_lite0"
 BATCH = 8
-EMA_DECAY = 0.995
-WARMUP_SHARE = 0.05
 LEARNING_RATE = 1e-3
 BACKBONE_LEARNING_RATE = 3e-4
-SAVE_EVERY = 100
 
 
 @dataclass(frozen=True)
@@ -57,18 +48,6 @@ class Rows:
     images: UInt8[torch.Tensor, "rows 3 side side"]
     masks: Bool[torch.Tensor, "rows 1 side side"]
     numbers: Int[torch.Tensor, " rows"]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long a baseline trains: so many steps or minutes of processor time, whichever ends first."""
-
-    steps: int | float = math.inf
-    minutes: int | float = math.inf
-
-    def spent(self, step: int, minutes: float) -> float:
-        """The share that is used up; training ends at 1."""
-        return max(step / self.steps, minutes / self.minutes)
 
 
 def load_imagenet(features: torch.nn.Module) -> None:
@@ -137,77 +116,17 @@ def fit(
     description: str = "training",
     progress: bool = True,
 ) -> tuple[TrainedBaseline, int]:
-    """Spend the budget on `groups` of parameters, each with its peak "lr"; the averaged model and the steps it took.
+    """`spend` the budget on rows drawn by `weights`, which sum to 1, eight a step."""
 
-    Rows are drawn by `weights`, which sum to 1. Every 100 steps the state goes to `out/resume.pt` and the loss to
-    `out/log.jsonl`; training goes on from there, its spent time counted. A budget of steps gives the same model
-    whether or not it was stopped in between. Raises TrainingError where the loss is no number any more.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    peaks = [group["lr"] for group in groups]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.02)
-    averaged = AveragedModel(model, multi_avg_fn=_average)
-    parts: dict[str, Any] = {"model": model, "average": averaged, "optimizer": optimizer}
-    step, clock, checkpoint = 0, Clock(), out / "resume.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=model.mean.device)
-        step, clock.minutes = state["step"], state["cpu_minutes"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    model.train()
-    minutes = clock.minutes
-    with tqdm(desc=description, initial=step, unit="step", leave=False, disable=not progress) as bar:
-        while (share := budget.spent(step, minutes)) < 1:
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * min(1.0, (share + 1e-3) / WARMUP_SHARE) * 0.5 * (1 + math.cos(math.pi * share))
-            loss = _loss(model, rows, weights, seed, step)
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            averaged.update_parameters(model)
-            step, minutes = step + 1, clock.minutes
-            bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}", cpu_minutes=f"{minutes:.1f}")
-            if step % SAVE_EVERY == 0 or budget.spent(step, minutes) >= 1:
-                _require_number(loss.item(), step, description)
-                states = {name: part.state_dict() for name, part in parts.items()}
-                _save({"step": step, "cpu_minutes": minutes, **states}, checkpoint)
-                with (out / "log.jsonl").open("a") as log:
-                    log.write(json.dumps({"step": step, "cpu_minutes": round(minutes, 2), "loss": loss.item()}) + "\n")
-    return cast(TrainedBaseline, averaged.module.eval()), step
+    def loss_of(model: nn.Module, step: int) -> torch.Tensor:
+        rng, generator = np.random.default_rng((seed, step)), torch.Generator().manual_seed(seed + step)
+        drawn = torch.from_numpy(rng.choice(len(rows.images), BATCH, p=weights))
+        images, masks = augment(rows.images[drawn].float() / 255, rows.masks[drawn].float(), generator)
+        device = cast(TrainedBaseline, model).mean.device
+        return dice_ce(model(images.to(device), rows.numbers[drawn].to(device)), masks[:, 0].to(device))
 
-
-def _loss(
-    model: TrainedBaseline, rows: Rows, weights: Float[np.ndarray, " rows"], seed: int, step: int
-) -> Float[torch.Tensor, ""]:
-    # Seeded by the step, so that a resumed run draws what an uninterrupted one would have drawn.
-    rng, generator = np.random.default_rng((seed, step)), torch.Generator().manual_seed(seed + step)
-    drawn = torch.from_numpy(rng.choice(len(rows.images), BATCH, p=weights))
-    images, masks = augment(rows.images[drawn].float() / 255, rows.masks[drawn].float(), generator)
-    device = model.mean.device
-    return dice_ce(model(images.to(device), rows.numbers[drawn].to(device)), masks[:, 0].to(device))
-
-
-def _average(averaged: Any, current: Any, count: Any) -> None:
-    """The moving average of the weights, over fewer steps in the beginning so that the untrained start is forgotten."""
-    decay = min(EMA_DECAY, (1 + float(count)) / (10 + float(count)))
-    get_ema_multi_avg_fn(decay)(averaged, current, count)  # type: ignore[no-untyped-call]
-
-
-def _require_number(loss: float, step: int, description: str) -> None:
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"{description}: the loss is {loss} at step {step}, so the model is spoilt; check these pictures with "
-            "`coreseg data show`, or train with another --seed"
-        )
-
-
-def _save(state: dict[str, Any], path: Path) -> None:
-    part, whole = path.with_suffix(".part"), io.BytesIO()
-    torch.save(state, whole)  # itself it does not raise OSError on a full disk
-    part.write_bytes(whole.getbuffer())
-    os.replace(part, path)  # a run may be killed at any moment
+    trained, steps = spend(budget, model, groups, loss_of, out, description=description, progress=progress)
+    return cast(TrainedBaseline, trained), steps
 
 
 def train_fold(
