@@ -54,6 +54,8 @@ def test_one_folder_may_stand_without_a_list(file: Path) -> None:
 
 
 def test_weights_by_source(file: Path) -> None:
+    absent = load(SftConfig, file, ['known_absent={stroke = ["brain tumor"], cyst = "nodule"}']).known_absent
+    assert absent == {"stroke": ("brain tumor",), "cyst": ("nodule",)}
     weights = load(SftConfig, file, ['source_weights={busi = 2, "foot ulcer" = 0.5}']).source_weights
     assert weights == {"busi": 2.0, "foot ulcer": 0.5}
     assert type(weights["busi"]) is float
@@ -75,6 +77,9 @@ def test_weights_by_source(file: Path) -> None:
         ("model=1", "expected text"),
         ("data=[1]", "expected text or a list of texts"),
         ("source_weights=2", "expected a table of numbers"),
+        ("known_absent=2", "expected a table of lists"),
+        ("known_absent={stroke = 2}", "'stroke', is 2; expected text or a list of texts"),
+        ("own_words_share=0.5", "0 where own_words names no file"),
         ("source_weights={busi = 'much'}", "expected a table of numbers"),
         ("source_weights={busi = true}", "expected a table of numbers"),
         ("source_weights={busi = {a = 1}}", "expected a table of numbers"),
@@ -132,6 +137,8 @@ ANY_SETTINGS = st.fixed_dictionaries(
         "learning_rate": st.floats(min_value=0, exclude_min=True, allow_infinity=False),
         "balance": st.floats(0, 1e30),
         "remeasure": st.booleans(),
+        "known_absent": st.none() | st.dictionaries(TEXT, st.lists(TEXT, max_size=2).map(tuple), max_size=3),
+        "own_words": st.none() | TEXT,
         "source_weights": st.none() | st.dictionaries(TEXT, st.floats(0, 1e9), max_size=3),
     }
 )

@@ -1,4 +1,5 @@
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 
 from coreseg import questions
 from coreseg.errors import DataError
-from coreseg.questions import among_other_words, ask, attribute_questions, plural, with_article
+from coreseg.questions import among_other_words, ask, attribute_questions, mistyped, plural, with_article
 
 SIDE = 100
 
@@ -117,6 +118,22 @@ def test_other_words_leave_the_question_in_its_order() -> None:
     assert len(set(said)) > 190
     in_order = re.compile(r"\b.*\b".join(re.findall(r"\w+", question)), re.IGNORECASE | re.DOTALL)
     assert all(in_order.search(text) for text in said)
+
+
+def test_typing_errors_are_in_one_long_word_of_six_and_leave_its_ends() -> None:
+    rng = np.random.default_rng(0)
+    words = ["Please", "outline", "the", "haemorrhage", "in", "this", "picture", "of", "my", "eye"]
+    wrong = Counter()
+    for _ in range(600):
+        typed = mistyped(" ".join(words), rng).split()
+        assert len(typed) == len(words)
+        for word, other in zip(words, typed, strict=True):
+            wrong[word] += word != other
+            assert word[0] == other[0] and abs(len(word) - len(other)) <= 1 and set(other) <= set(word)
+    # A swap of two equal letters is no error, and there are pairs of them in "haemorrhage".
+    assert all(60 < wrong[word] < 140 for word in words if len(word) >= 4)
+    assert all(wrong[word] == 0 for word in words if len(word) < 4)
+    assert mistyped("", rng) == ""
 
 
 def test_other_words_tell_nothing_of_the_held_out_wordings() -> None:

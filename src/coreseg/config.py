@@ -41,9 +41,13 @@ class StageConfig:
     keep_maps: keep the segmenter's feature maps of every version too (1.4 MB each for nano, 44 MB at 1,024 px).
     with_reasoning: whether reference answers hold reasoning; without it texts are short, and boxes are most of them.
     attribute_share: share of questions about one of several lesions, where the picture allows.
-    absent_share: share of questions about a category of another anatomy, answered by the absent form.
+    absent_share: share of questions about something that is not there, answered by the absent form: a category that
+    `known_absent` names half of the time, else one of another anatomy.
+    known_absent: categories that pictures of a category are known not to show, such as {stroke = ["brain tumor"]}.
     filler_share: share of questions with words of no meaning put around and between theirs, for reasoners made from
-    scratch, which know no others than our templates'.
+    scratch, which know no others than our templates'.     typo_share: of those with typing errors.
+    own_words: TOML file of questions by category (see `coreseg.questions.read_own_words`); own_words_share: of the
+    plain questions, how many are taken from it.
     leave_out: sources that no row is taken from, for tests on sets that training never saw.
     balance: rows are drawn with weight 1 / (set size) ** balance; 0 draws rows evenly, 1 sets evenly.
     source_weights: a factor on that weight by source, for those that should come more or less often.
@@ -76,7 +80,11 @@ class StageConfig:
     with_reasoning: bool = True
     attribute_share: float = 0.3
     absent_share: float = 0.05
+    known_absent: dict[str, tuple[str, ...]] | None = None
     filler_share: float = 0.0
+    typo_share: float = 0.0
+    own_words: str | None = None
+    own_words_share: float = 0.0
     leave_out: tuple[str, ...] = ()
     balance: float = 0.5
     source_weights: dict[str, float] | None = None
@@ -98,11 +106,13 @@ class StageConfig:
             "eval_samples", "versions", "workers", "seed",
         ):  # fmt: skip
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
-        for name in ("attribute_share", "absent_share", "filler_share"):
+        for name in ("attribute_share", "absent_share", "filler_share", "typo_share", "own_words_share"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         kept = not self.keep_maps or (self.remeasure and self.versions > 0)
         require(kept, "keep_maps", self.keep_maps, "false where remeasure and versions do not say what to keep")
         require(self.precision in ("fp32", "bf16", "fp16"), "precision", self.precision, "fp32, bf16 or fp16")
+        told = self.own_words is not None or self.own_words_share == 0
+        require(told, "own_words_share", self.own_words_share, "0 where own_words names no file")
         require(bool(self.data), "data", self.data, "at least one data-set folder")
         for source, weight in (self.source_weights or {}).items():
             require(0 <= weight < math.inf, f"source_weights, {source!r},", weight, "0 or more")
@@ -301,6 +311,8 @@ def _as_type(value: Any, hint: Any, where: str) -> Any:
             items = [value] if isinstance(value, str) else value
             if isinstance(items, list) and all(isinstance(item, str) for item in items):
                 return tuple(items)
+        if option == dict[str, tuple[str, ...]] and isinstance(value, dict):
+            return {key: _as_type(each, tuple[str, ...], f"{where}, {key!r},") for key, each in value.items()}
         if option == dict[str, float] and isinstance(value, dict) and all(map(_is_number, value.values())):
             return {key: float(number) for key, number in value.items()}
     expected = " or ".join(_TYPE_NAMES.get(option, "a table") for option in options if option is not type(None))
@@ -318,6 +330,7 @@ _TYPE_NAMES: Mapping[Any, str] = {
     str: "text",
     tuple[str, ...]: "text or a list of texts",
     dict[str, float]: "a table of numbers, such as {busi = 2.0}",
+    dict[str, tuple[str, ...]]: 'a table of lists, such as {stroke = ["tumor"]}',
     RewardSettings: "a table, such as {faithfulness_weight = 0.5}",
 }
 

@@ -218,6 +218,18 @@ def among_other_words(question: str, rng: np.random.Generator) -> str:
     return f"{text} {after.capitalize()}{pick(('.', '?', ''), rng)}" if after else text
 
 
+def mistyped(question: str, rng: np.random.Generator) -> str:
+    """The question with typing errors: in one long word of six a letter left out, doubled, or after its neighbour."""
+    words = question.split(" ")
+    for place, word in enumerate(words):
+        if len(word) < 4 or rng.random() >= 1 / 6:
+            continue
+        at = int(rng.integers(1, len(word) - 1))
+        wrong = (word[at + 1 :], word[at] * 2 + word[at + 1 :], word[at + 1] + word[at] + word[at + 2 :])
+        words[place] = word[:at] + pick(wrong, rng)
+    return " ".join(words)
+
+
 @dataclass(frozen=True)
 class AttributeQuestion:
     """A question about some of several lesions. `mask` is its answer; `kind` says what sets them apart."""

@@ -47,6 +47,30 @@ def test_what_may_be_there_is_never_called_absent(tmp_path: Path) -> None:
     assert {mixed[(0, draw)].answer.category for draw in range(8)} == {"polyp"}, "a thyroid cyst is a cyst"
 
 
+def test_what_is_known_to_be_absent_is_asked_for_half_of_the_time(tmp_path: Path) -> None:
+    known = {"cyst": ("stone", "scar"), "nodule": ("stone",)}
+    phantoms = examples(write_phantom_set(tmp_path, 12, seed=0, size_wh=(48, 40)), absent_share=1.0, known_absent=known)
+    (lesions, row), *_ = phantoms.rows
+    far = replace(row, anatomy="colon", category="polyp")
+    mixed = Examples([(lesions, replace(row, category="cyst")), (lesions, far)], phantoms.config)
+    asked = Counter(mixed[(0, draw)].answer.category for draw in range(200))
+    assert set(asked) == {"polyp", "stone", "scar"}
+    assert 70 < asked["polyp"] < 130 and 30 < asked["stone"] < 75
+    assert not mixed[(0, 0)].answer.found and "polyp" not in mixed[(1, 0)].question, "an unlisted category has far ones"
+
+
+def test_questions_in_own_words_and_with_typing_errors(phantoms: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text('cyst = ["Something watery?"]\nnodule = ["Anything solid?"]\n')
+    own = examples(phantoms, remeasure=True, own_words=str(file), own_words_share=0.5)
+    questions = [own[(row, draw)].question for row in range(4) for draw in range(50)]
+    assert 70 < sum(question in ("Something watery?", "Anything solid?") for question in questions) < 130
+    plain, typed = examples(phantoms, remeasure=True), examples(phantoms, remeasure=True, typo_share=1.0)
+    pairs = [(plain[(0, draw)], typed[(0, draw)]) for draw in range(60)]
+    assert 15 < sum(one.question != other.question for one, other in pairs) <= 55
+    assert all(one.answer.boxes == other.answer.boxes for one, other in pairs)
+
+
 def test_other_words_come_as_often_as_the_setting_says_and_change_nothing_else(phantoms: Path) -> None:
     plain, some = examples(phantoms, remeasure=True), examples(phantoms, remeasure=True, filler_share=0.5)
     pairs = [(plain[(0, draw)], some[(0, draw)]) for draw in range(60)]

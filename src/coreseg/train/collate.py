@@ -1,7 +1,8 @@
 """Training examples: a row of a data set, seen anew each time it is drawn, becomes picture, question and answer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -16,7 +17,8 @@ from coreseg.data.build.describe import describe
 from coreseg.data.store import LesionSet
 from coreseg.errors import DataError
 from coreseg.masks import box_tuples, mask_to_boxes
-from coreseg.questions import among_other_words, ask, attribute_questions
+from coreseg.questions import among_other_words, ask, attribute_questions, mistyped, read_own_words
+from coreseg.sentences import pick
 from coreseg.train.augment import augment
 from coreseg.types import Answer, Sample
 
@@ -47,6 +49,7 @@ class Examples(Dataset[Example]):
         self.rows = rows
         self.config = config
         self._categories = sorted({(sample.anatomy, sample.category) for _, sample in rows})
+        self._own_words = read_own_words(Path(config.own_words)) if config.own_words else {}
 
     @classmethod
     def open(cls, config: StageConfig, split: str) -> "Examples":
@@ -106,29 +109,43 @@ class Examples(Dataset[Example]):
         elif self.config.remeasure:
             image, mask = _changed(image, mask, rng)
         category, reasoning = sample.category, sample.reasoning
-        question = ask(category, rng)
+        question = self._ask(category, rng)
         attributes = []
         if rng.random() < self.config.attribute_share:
             attributes = attribute_questions(image, mask, category, rng)
         if attributes:
             chosen = attributes[int(rng.integers(len(attributes)))]
             question, mask = chosen.text, chosen.mask
-        elif rng.random() < self.config.absent_share:
-            # What is known of this anatomy may well be in the picture, in a row of its own or by a wider name.
-            here = [c for anatomy, c in self._categories if anatomy == sample.anatomy]
-            others = sorted({c for _, c in self._categories})
-            elsewhere = [c for c in others if not any(c in known or known in c for known in here)]
-            if elsewhere:
-                category, mask = elsewhere[int(rng.integers(len(elsewhere)))], np.zeros_like(mask)
-                question = ask(category, rng)
+        elif rng.random() < self.config.absent_share and (absent := self._absent(sample, rng)):
+            category, mask = absent[int(rng.integers(len(absent)))], np.zeros_like(mask)
+            question = self._ask(category, rng)
         if rng.random() < self.config.filler_share:
             question = among_other_words(question, rng)
+        # Nothing is drawn for what is switched off, so that settings from before it was there see what they saw.
+        if self.config.typo_share and rng.random() < self.config.typo_share:
+            question = mistyped(question, rng)
         if not self.config.with_reasoning:
             reasoning = ""
         elif self.config.remeasure or category != sample.category or attributes:
             reasoning = describe(image, mask, sample.modality, sample.anatomy, category, int(rng.integers(2**31)))
         answer = _answer(category, mask, reasoning)
         return Example(image, mask, question, answer, picture)
+
+    def _ask(self, category: str, rng: np.random.Generator) -> str:
+        own = self._own_words.get(category, ())
+        if own and rng.random() < self.config.own_words_share:
+            return pick(own, rng)
+        return ask(category, rng)
+
+    def _absent(self, sample: Sample, rng: np.random.Generator) -> Sequence[str]:
+        """Categories that this row's picture does not show: known ones half of the time, else of other anatomies."""
+        near = (self.config.known_absent or {}).get(sample.category, ())
+        if near and rng.random() < 0.5:
+            return near
+        # What is known of this anatomy may well be in the picture, in a row of its own or by a wider name.
+        here = [c for anatomy, c in self._categories if anatomy == sample.anatomy]
+        others = sorted({c for _, c in self._categories})
+        return [c for c in others if not any(c in known or known in c for known in here)]
 
 
 class Draws(Sampler[tuple[int, int]]):
