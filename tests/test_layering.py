@@ -26,6 +26,7 @@ LEVELS = (
     {"data", "train", "evaluate", "serve"},
     {"cli_options", "testing", "testing_models"},
     {"cli_data"},
+    {"fit"},
     {"cli"},
 )
 KNOWN = frozenset[str]().union(*LEVELS)

@@ -9,7 +9,7 @@ import argparse
 
 import torch
 from kinds import LEARNING_RATE, PROMPT_DEVIATION
-from training import arguments, categories_of, train
+from training import arguments, asked_for, train
 
 from coreseg.data.store import LesionSet
 from coreseg.evaluate.trained import CategoryPrompt
@@ -22,7 +22,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     sets = [LesionSet.open(path) for path in options.datasets]
-    model = CategoryPrompt.of(load_parts(options.model)[0], categories_of(sets))
+    model = CategoryPrompt.of(load_parts(options.model)[0], asked_for(sets))
     # Three tokens that start alike would stay alike.
     model.prompts.data += PROMPT_DEVIATION * torch.randn_like(model.prompts)
     model.segmenter.requires_grad_(False)

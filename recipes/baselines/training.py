@@ -11,8 +11,9 @@ from segmenter import draw_weights
 
 from coreseg.data.store import LesionSet
 from coreseg.evaluate.trained import TrainedBaseline
-from coreseg.train.baselines import fit, load_rows
+from coreseg.train.baselines import categories_of, train_and_save
 from coreseg.train.loop import Budget
+from coreseg.types import Sample
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -25,17 +26,20 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def categories_of(sets: list[LesionSet]) -> list[str]:
-    """What the training rows ask for, in alphabetical order."""
-    return sorted({sample.category for lesions in sets for sample in lesions.split("train")})
-
-
 def train(model: TrainedBaseline, groups: list[dict], sets: list[LesionSet], options: argparse.Namespace) -> None:
     """Spend the budget on `groups` of parameters, each with its "lr", and leave the averaged model in `options.out`."""
-    rows = [(lesions, sample) for lesions in sets for sample in lesions.split("train")]
+    rows = training_rows(sets)
     weights = draw_weights([sample.source for _, sample in rows])
-    budget = Budget(minutes=options.cpu_minutes)
-    loaded = load_rows(rows, model.categories, model.size_px)
-    trained, steps = fit(model, groups, loaded, weights, budget, options.out, seed=options.seed, description=model.name)
     asked = {name: value for name, value in vars(options).items() if name not in ("datasets", "out")}
-    trained.save(options.out, {"steps": steps, "rows": len(rows), **asked})
+    budget = Budget(minutes=options.cpu_minutes)
+    train_and_save(model, groups, rows, weights, budget, options.out, asked, seed=options.seed)
+
+
+def training_rows(sets: list[LesionSet]) -> list[tuple[LesionSet, Sample]]:
+    """The rows of all sets that are trained on."""
+    return [(lesions, sample) for lesions in sets for sample in lesions.split("train")]
+
+
+def asked_for(sets: list[LesionSet]) -> list[str]:
+    """The categories of those rows."""
+    return categories_of(sample for _, sample in training_rows(sets))

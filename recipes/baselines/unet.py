@@ -7,7 +7,7 @@ A row trains the channel of its own category alone, since nobody marked the othe
 
 import torch
 from build import IMAGE_SIZE_PX
-from training import arguments, categories_of, train
+from training import arguments, asked_for, train
 
 from coreseg.data.store import LesionSet
 from coreseg.train.baselines import build_unet
@@ -16,4 +16,4 @@ if __name__ == "__main__":
     options = arguments(__doc__).parse_args()
     torch.manual_seed(options.seed)
     sets = [LesionSet.open(path) for path in options.datasets]
-    train(*build_unet(categories_of(sets), IMAGE_SIZE_PX), sets, options)
+    train(*build_unet(asked_for(sets), IMAGE_SIZE_PX), sets, options)

@@ -56,6 +56,7 @@ class StageConfig:
     eval_every, save_every: in steps.          eval_samples: validation rows looked at, and some drawn, each time.
     precision: fp32, bf16 or fp16.                            gradient_checkpointing: less memory for more time.
     workers: processes that load rows; 0 loads them in this one.                         seed: of every draw.
+    use_cpu: train on the processor even where there is a GPU.
     """
 
     model: str
@@ -95,6 +96,7 @@ class StageConfig:
     gradient_checkpointing: bool = False
     workers: int = 0
     seed: int = 0
+    use_cpu: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "eval_every", "save_every"):

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from coreseg.cli import app
 from coreseg.data.build import filter as stage
+from coreseg.data.build import scores as scoring
 from coreseg.data.build.curves import save_curve
 from coreseg.data.build.difficulty import POOL, Fold
 from coreseg.data.build.filter import filter_set
@@ -409,6 +410,7 @@ def test_a_missing_library_is_named_before_any_work(
         return None if name in ("powerlaw", "segmentation_models_pytorch") else object()
 
     monkeypatch.setattr(stage, "find_spec", find)
+    monkeypatch.setattr(scoring, "find_spec", find)
     message = refusal(MissingExtraError, lambda: run(lesions, tmp_path / "hard"))
     assert "needs powerlaw;" in message and "pip install '.[build]'" in message
     wanted = replace(SETTINGS, network="pretrained", keep_share=0.5)

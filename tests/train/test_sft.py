@@ -218,6 +218,32 @@ def test_a_run_that_validates_nothing_opens_too(nano: Path, phantoms: Path, tmp_
     assert Segmenter.from_pretrained(run, device="cpu").model.config.seg_token_id is not None
 
 
+def test_a_run_killed_while_it_writes_its_result_writes_it_again(
+    nano: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(nano, phantoms, tmp_path / "run", steps=1)
+
+    class Killed(BaseException):
+        pass
+
+    def half(model: CoreSeg, processor: CoreSegProcessor, path: Path) -> None:
+        model.config.save_pretrained(path)
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stages, "save_checkpoint", half)
+        with pytest.raises(Killed):
+            train_sft(config)
+    load_parts(train_sft(config))
+
+
+def test_the_gpu_can_be_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    config = settings(tmp_path, tmp_path, tmp_path / "run")
+    assert not stages.training_arguments(config).use_cpu
+    assert stages.training_arguments(replace(config, use_cpu=True)).use_cpu
+
+
 def test_a_folder_of_another_run_is_refused(nano: Path, phantoms: Path, tmp_path: Path) -> None:
     config = settings(nano, phantoms, tmp_path / "run", steps=1)
     train_sft(config)

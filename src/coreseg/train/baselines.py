@@ -9,7 +9,7 @@ import os
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,6 +129,41 @@ def fit(
     return cast(TrainedBaseline, trained), steps
 
 
+def categories_of(samples: Iterable[Sample]) -> list[str]:
+    """What these rows ask for, in alphabetical order: a baseline's channels or prompts."""
+    return sorted({sample.category for sample in samples})
+
+
+def even_draws(samples: Sequence[Sample]) -> Float[np.ndarray, " rows"]:
+    """How likely each row is drawn, by 1 / sqrt(size of its source); they sum to 1."""
+    counts = Counter(sample.source for sample in samples)
+    weights = np.array([counts[sample.source] ** -0.5 for sample in samples])
+    return np.asarray(weights / weights.sum())
+
+
+def train_and_save(
+    model: TrainedBaseline,
+    groups: list[dict[str, Any]],
+    rows: Sequence[tuple[LesionSet, Sample]],
+    weights: Float[np.ndarray, " rows"],
+    budget: Budget,
+    out: Path,
+    training: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> None:
+    """`fit` on rows that are read first, and leave in `out` what `open_baseline` opens.
+
+    `training`, plain JSON, is kept with it beside the steps and rows that it took.
+    """
+    loaded = load_rows(rows, model.categories, model.size_px, progress)
+    trained, steps = fit(
+        model, groups, loaded, weights, budget, out, seed=seed, description=model.name, progress=progress
+    )
+    trained.save(out, {"steps": steps, "rows": len(rows), **training})
+
+
 def train_fold(
     lesions: LesionSet,
     settings: FilterSettings,
@@ -146,17 +181,15 @@ def train_fold(
     """
     seed = zlib.crc32(f"{settings.seed} {fold.name}".encode())
     torch.manual_seed(seed)
-    categories = sorted({sample.category for sample in fold.train})
+    categories = categories_of(fold.train)
     model, groups = build_unet(categories, settings.size_px, pretrained=settings.network == "pretrained")
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = load_rows([(lesions, sample) for sample in fold.train], categories, settings.size_px, progress)
-    counts = Counter(sample.source for sample in fold.train)
-    weights = np.array([counts[sample.source] ** -0.5 for sample in fold.train])
     trained, _ = fit(
         model,
         groups,
         rows,
-        weights / weights.sum(),
+        even_draws(fold.train),
         Budget(settings.steps, settings.minutes_per_fold or math.inf),
         work / fold.key,
         seed=seed,

