@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -23,10 +23,12 @@ from coreseg.errors import ConfigError, DataError
 from coreseg.evaluate.records import Record, summarise
 from coreseg.masks import box_tuples, mask_to_boxes
 from coreseg.metrics import Boxes, detect_score, dice, iou
-from coreseg.model.confidence import Confidence
 from coreseg.sentences import pick
 from coreseg.statements import measured_and_accepted
 from coreseg.types import Result, Sample
+
+if TYPE_CHECKING:
+    from coreseg.model.confidence import Confidence
 
 Parsed = TypeVar("Parsed")
 Images = Sequence[UInt8[np.ndarray, "_ _ 3"]]
@@ -311,11 +313,13 @@ def read_folder(folder: Path) -> Written:
     return written
 
 
-def fit_confidence(folder: Path) -> Confidence:
+def fit_confidence(folder: Path) -> "Confidence":
     """How sure a model may be, from the records of its answers, lesion-free rows included, attribute questions not.
 
     Raises DataError as `read_folder`, and where too few records hold what an answer showed of itself.
     """
+    from coreseg.model.confidence import Confidence
+
     told = [
         (record.signs, record.dice)
         for record in read_folder(folder).records
