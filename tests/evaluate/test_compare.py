@@ -196,6 +196,18 @@ def test_other_words_for_the_same_lesions_pair_where_asked_for(run: Callable[...
         matched(a, c, any_words=True)
 
 
+def test_attribute_questions_that_one_side_was_not_asked_are_left_out(run: Callable[..., Path]) -> None:
+    a, b = read_side("A", [run("a")]), read_side("B", [run("b", attribute_questions=True)])
+    assert len(b[0].records) > len(a[0].records) == 5
+    for sides in ((a, b), (b, a)):
+        pairs = matched(*sides)
+        assert len(pairs) == 5 and not any(pair.asked.attribute for pair in pairs)
+    assert len(matched(b, b)) == len(b[0].records), "where both were asked they count"
+    console = page()
+    print_comparison(a, b, compare(matched(a, b)), console)
+    assert "5 questions to both" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -203,7 +215,6 @@ def test_other_words_for_the_same_lesions_pair_where_asked_for(run: Callable[...
         ({"split": "train"}, "split"),
         ({"seed": 1}, "seed"),
         ({"held_out_questions": True}, "held-out questions"),
-        ({"attribute_questions": True}, "attribute questions: False and True"),
         ({"own_words": {"cyst": ("cyst?",), "polyp": ("polyp?",)}}, "own words"),
     ],
 )

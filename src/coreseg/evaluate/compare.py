@@ -9,7 +9,7 @@ Source: our choice throughout; for the intervals see `coreseg.metrics.difference
 import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,6 @@ _PER_IMAGE = ("dice", "detect", "invalid")
 _ASKED = {
     "split": "split",
     "rows": "rows (of which data set, with which --limit)",
-    "attribute_questions": "attribute questions",
     "seed": "seed of the questions",
 }
 _WORDING = {"held_out_questions": "held-out questions", "own_words": "questions in own words"}
@@ -99,7 +98,7 @@ def read_side(name: str, folders: Sequence[Path]) -> list[Run]:
 
 def _read_run(folder: Path) -> Run:
     written = read_folder(folder)
-    if missing := {"model_settings", *_ASKED} - written.settings.keys():
+    if missing := {"model_settings", "attribute_questions", *_ASKED} - written.settings.keys():
         raise DataError(f"{folder}: its records lack the settings {', '.join(sorted(missing))}; evaluate anew")
     return Run(folder, written.settings, written.records)
 
@@ -108,10 +107,13 @@ def matched(a: Sequence[Run], b: Sequence[Run], *, any_words: bool = False) -> l
     """Every question with its records from all runs, in the order of A's first run.
 
     any_words: pair what was asked about the same lesions even where the words differ, to see what wording costs.
+    Attribute questions that not all runs were asked are left out; the others are the same without them.
 
     Raises ConfigError where runs were asked other questions, DataError where one is unfinished.
     """
     runs = [*a, *b]
+    if not all(run.settings["attribute_questions"] for run in runs):
+        runs = [replace(run, records=tuple(record for record in run.records if not record.attribute)) for run in runs]
     for run in runs[1:]:
         _require_same_questions(runs[0], run, any_words)
     records = [{_key(record, any_words): record for record in run.records} for run in runs]
@@ -269,9 +271,11 @@ def print_comparison(a: Sequence[Run], b: Sequence[Run], comparison: Mapping[str
     """Print every figure of `compare` with its verdict, and the images that differ most; 120 columns do."""
     for name, runs in (("A", a), ("B", b)):
         console.print(escape(f"{name}: {', '.join(str(run.folder) for run in runs)}"))
+    blocks = [comparison[name] for name in ("pooled", "lesion_free", "attributes")]
+    asked = sum(block["n"] for block in blocks if block)
     console.print(
-        f"{len(a[0].records)} questions to both, split {a[0].settings['split']!r}. In %, B - A paired, 95 % intervals "
-        f"by case; unknown cases count as one each, which narrows them. {training_noise(len(a), len(b))}"
+        f"{asked} questions to both, split {a[0].settings['split']!r}. In %, B - A paired, 95 % intervals by case; "
+        f"unknown cases count as one each, which narrows them. {training_noise(len(a), len(b))}"
     )
     for block, (title, scores) in _BLOCKS.items():
         figures = comparison[block]
