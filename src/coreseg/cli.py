@@ -11,7 +11,17 @@ from typing import Annotated, Any
 import typer
 
 from coreseg.cli_data import data_app
-from coreseg.cli_options import ConfigArgument, DeviceOption, DtypeOption, ModelOption, SetOption, clear_errors
+from coreseg.cli_options import (
+    CasePatternOption,
+    ConfigArgument,
+    DeviceOption,
+    DtypeOption,
+    LicenceOption,
+    ModelOption,
+    NameOption,
+    SetOption,
+    clear_errors,
+)
 from coreseg.errors import InputError
 
 app = typer.Typer(
@@ -25,8 +35,6 @@ train_app = typer.Typer(no_args_is_help=True, help="Train a model. In a clone, f
 app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
 
-DOUBTFUL = 0.5
-"""An expected Dice below this is worth a warning. Our choice: what counts as a good mask in the evaluation."""
 PICTURES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"}
 
 
@@ -150,6 +158,8 @@ def _with_progress(items: list[tuple[Path, str]], quiet: bool) -> Iterable[tuple
 
 
 def _say(record: dict[str, Any], as_json: bool, many: bool) -> None:
+    from coreseg.metrics import GOOD_DICE
+
     if as_json:
         typer.echo(json.dumps(record))
         return
@@ -164,7 +174,7 @@ def _say(record: dict[str, Any], as_json: bool, many: bool) -> None:
     for warning in record["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
     expected = record["confidence"]
-    if expected is not None and expected < DOUBTFUL:
+    if expected is not None and expected < GOOD_DICE:
         typer.echo(f"warning: the model expects little of this mask, a Dice of {expected:.2f}", err=True)
     area = f"{record['mask_area_px']:,} px" + ("" if expected is None else f", expected Dice {expected:.2f}")
     typer.echo(f"mask: {record['mask']} ({area}), overlay: {record['overlay']}, {record['seconds']:.1f} s")
@@ -338,15 +348,13 @@ def fit(
     modality: Annotated[str | None, typer.Option(help="Where the pictures do not tell, such as ultrasound.")] = None,
     anatomy: Annotated[str | None, typer.Option(help="Where the pictures do not tell, such as neck.")] = None,
     category: Annotated[str | None, typer.Option(help="Lesion category, where the pictures do not tell.")] = None,
-    case_pattern: Annotated[
-        str | None, typer.Option(help="Regular expression; its first group, in a file's name, is the patient.")
-    ] = None,
+    case_pattern: CasePatternOption = None,
     form: Annotated[
         str | None, typer.Option("--form", help="folder, coco, nnunet or dicom; default: what lies in FOLDER.")
     ] = None,
     labels: Annotated[str | None, typer.Option(help='TOML or JSON file, label = "category".')] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the source.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Terms of the images.")] = None,
+    name: NameOption = None,
+    licence: LicenceOption = None,
     val_share: Annotated[float | None, typer.Option(help="Share of patients held back; default 0.15.")] = None,
     model: ModelOption = "nano",
     minutes: Annotated[float, typer.Option(help="For all of it; trainings in processor time.")] = 60.0,

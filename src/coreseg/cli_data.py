@@ -9,7 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
-from coreseg.cli_options import ConfigArgument, DeviceOption, SetOption, clear_errors
+from coreseg.cli_options import (
+    CasePatternOption,
+    ConfigArgument,
+    DeviceOption,
+    LicenceOption,
+    NameOption,
+    SetOption,
+    clear_errors,
+)
 from coreseg.errors import InputError
 
 data_app = typer.Typer(no_args_is_help=True, help="Make, check and look at data sets.")
@@ -30,13 +38,11 @@ def data_import(
         Path | None,
         typer.Option(help='TOML or JSON, label = "category"; others are left out. Default: every label, by its name.'),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the source.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Terms of the images.")] = None,
+    name: NameOption = None,
+    licence: LicenceOption = None,
     val_share: Annotated[float, typer.Option(help="Share of cases held back for validation.")] = 0.15,
     together: Annotated[bool, typer.Option(help="Keep pictures that look alike in one split.")] = True,
-    case_pattern: Annotated[
-        str | None, typer.Option(help="Regular expression; its first group, in a file's name, is the patient.")
-    ] = None,
+    case_pattern: CasePatternOption = None,
     seed: Annotated[int, typer.Option(help="Of the split and the wording.")] = 0,
     axis: Annotated[str, typer.Option(help="Volumes: axial, coronal or sagittal slices.")] = "axial",
     min_area_mm2: Annotated[float, typer.Option(help="Volumes: least lesion of a category in a slice.")] = 10.0,

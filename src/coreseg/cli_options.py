@@ -23,6 +23,12 @@ DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU, else bfloat16.")
 ]
 
+CasePatternOption = Annotated[
+    str | None, typer.Option(help="Regular expression; its first group, in a file's name, is the patient.")
+]
+NameOption = Annotated[str | None, typer.Option(help="Name of the source.")]
+LicenceOption = Annotated[str | None, typer.Option(help="Terms of the images.")]
+
 ConfigArgument = Annotated[Path, typer.Argument(help="TOML file of settings (see recipes/).")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one setting.")]
 

@@ -19,6 +19,9 @@ from coreseg.types import Box
 Boxes = Sequence[Box] | Int[np.ndarray, "_ 4"]
 """Half-open `x1, y1, x2, y2` with area, as an array or as tuples; both may be empty."""
 
+GOOD_DICE = 0.5
+"""From here on a mask is a good one: what a confidence is measured by, and warned below. Our choice."""
+
 
 def dice(prediction: Bool[np.ndarray, "height width"], reference: Bool[np.ndarray, "height width"]) -> float:
     """Twice the overlap over the sum of the two areas. Two empty masks score 1."""

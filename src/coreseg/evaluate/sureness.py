@@ -11,9 +11,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import rankdata
 
-from coreseg.metrics import statistic_interval
+from coreseg.metrics import GOOD_DICE, statistic_interval
 
-GOOD_DICE = 0.5
 BINS = 10
 COVERAGES = (90, 75, 50)
 """In %: how good the masks are of so many answers, the surest ones."""
