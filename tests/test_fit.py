@@ -255,6 +255,9 @@ def test_no_val_rows_after_an_import_and_the_same_folder_with_more(raw: Path, ti
     assert "--val-share, such as 0.3" in first
     done = run("fit", raw, "--out", "out", "--val-share", "0.5", "--model", tiny, *IMPORT, "--dry-run")
     assert done.exit_code == 0 and "4 rows to train on, 4 to measure on" in done.stdout, "imported anew"
+    assert "note: imported again, since its options have changed" in done.stdout
+    again = run("fit", raw, "--out", "out", "--val-share", "0.5", "--model", tiny, *IMPORT, "--dry-run")
+    assert "imported again" not in again.stdout, "the same options"
 
 
 def test_a_dry_run_stops_with_the_plan_and_says_what_was_left_out(raw: Path, tiny: Path) -> None:

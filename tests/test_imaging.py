@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from coreseg.errors import InputError
-from coreseg.imaging import overlay, read_header, read_image, read_mask, write_mask
+from coreseg.imaging import overlay, read_header, read_image, read_image_and_changes, read_mask, write_mask
 from coreseg.testing import phantom
 
 WIDTH, HEIGHT = 40, 24
@@ -121,6 +121,24 @@ def test_sixteen_bits_are_stretched(tmp_path: Path) -> None:
             assert abs(float(read.mean()) - 127.5) < 1
     assert read_image(ramp)[0, -1, 0] == 255
     assert read_image(-1.0 * ramp)[0, -1, 0] == 0
+
+
+def test_what_was_done_to_the_values_is_told(rgb: np.ndarray, tmp_path: Path) -> None:
+    """Of 1,001 values in a row, half a percent at either end is cut off."""
+    deep = np.tile(np.arange(1000, 3002, 2, dtype=np.uint16), (10, 1))
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    for source in (deep, tmp_path / "deep.png", Image.fromarray(deep)):
+        (told,) = read_image_and_changes(source)[1]
+        assert told.startswith("the picture's values, 1000 to 3000, were stretched so that 1010 is black and 2990 white")
+    quarter = np.dstack([rgb, np.full((HEIGHT, WIDTH), 255, dtype=np.uint8)])
+    quarter[: HEIGHT // 2, : WIDTH // 2, 3] = 100
+    Image.fromarray(quarter).save(tmp_path / "quarter.png")
+    for source in (quarter, tmp_path / "quarter.png"):
+        (told,) = read_image_and_changes(source)[1]
+        assert told.startswith("25 % of the picture is transparent and was darkened or shown black")
+    opaque = np.dstack([rgb, np.full((HEIGHT, WIDTH), 255, dtype=np.uint8)])
+    for plain in (rgb, rgb / 255, rgb[..., 0] > 100, opaque):
+        assert read_image_and_changes(plain)[1] == ()
 
 
 def test_a_few_extreme_values_do_not_darken_the_rest() -> None:

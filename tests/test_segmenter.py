@@ -147,8 +147,15 @@ def test_warnings_of_the_scope_stand_in_the_result(picture: np.ndarray) -> None:
     kind = Kind("mri", "head", ("stroke",))
     scope = Scope((kind,), torch.zeros(1, 2), torch.ones(2), torch.eye(2), limit=1.0)
     first, second = Segmenter(FakeModel(), FakeProcessor(), scope).segment_batch([picture] * 2, ["half", "mumble"])
-    assert first.warnings == ("this model was never trained on tumor; it knows stroke",)
+    assert first.warnings == ("this model does not know tumor; it knows stroke",)
     assert second.warnings == (), "nothing to be said of no answer"
+
+
+def test_what_was_done_to_the_picture_stands_in_the_result(segmenter: Segmenter, picture: np.ndarray) -> None:
+    deep, plain = segmenter.segment_batch([picture.astype(np.uint16) * 16, picture], ["half"] * 2)
+    assert len(deep.warnings) == 1
+    assert "were stretched" in deep.warnings[0]
+    assert plain.warnings == ()
 
 
 def test_signs_and_the_confidence_told_from_them(segmenter: Segmenter, picture: np.ndarray) -> None:

@@ -12,6 +12,7 @@ from kinds import LEARNING_RATE, PROMPT_DEVIATION
 from training import arguments, asked_for, train
 
 from coreseg.data.store import LesionSet
+from coreseg.evaluate.predictors import model_digest
 from coreseg.evaluate.trained import CategoryPrompt
 from coreseg.model.assemble import EMBEDDED, load_parts
 
@@ -20,6 +21,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", default=EMBEDDED, help="the CORE-Seg whose segmenter is prompted")
     parser.add_argument("--train-decoder", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
+    options.start = model_digest(options.model)
     torch.manual_seed(options.seed)
     sets = [LesionSet.open(path) for path in options.datasets]
     model = CategoryPrompt.of(load_parts(options.model)[0], asked_for(sets))

@@ -27,7 +27,10 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def train(model: TrainedBaseline, groups: list[dict], sets: list[LesionSet], options: argparse.Namespace) -> None:
-    """Spend the budget on `groups` of parameters, each with its "lr", and leave the averaged model in `options.out`."""
+    """Spend the budget on `groups` of parameters, each with its "lr", and leave the averaged model in `options.out`.
+
+    Kept with it are all other `options`.
+    """
     rows = training_rows(sets)
     weights = draw_weights([sample.source for _, sample in rows])
     asked = {name: value for name, value in vars(options).items() if name not in ("datasets", "out")}

@@ -27,6 +27,7 @@ FIGURES = {
     "macro detect": ("macro", "detect"),
     "fails": ("pooled", "failure"),
     "specificity": ("presence", "specificity"),
+    "called absent": ("presence", "called_absent"),
     "attribute mDice": ("attributes", "dice"),
     "attribute gain": ("attributes", "gain"),
 }
@@ -36,8 +37,8 @@ CLAIMS = {
     "the mask loss is needed beside the rewards": ("no-mask-loss", "grpo"),
     "rewards alone beat going on with stage 1": ("sft", "no-mask-loss"),
 }
-DIFFERENCES = {name: place for name, place in FIGURES.items() if name != "specificity"} | {
-    "specificity": ("lesion_free", "specificity")
+DIFFERENCES = {
+    name: ("lesion_free" if block == "presence" else block, figure) for name, (block, figure) in FIGURES.items()
 }
 VERDICTS = {
     "B better": "reproduced",
@@ -68,22 +69,39 @@ def row(name: str, runs: Sequence[Run]) -> str:
     return f"| {name} ({len(runs)}) | " + " | ".join(cells) + " |"
 
 
+def span(figures: dict[str, Any]) -> str:
+    """A difference with its interval."""
+    return f"{figures['difference']:+.1f} [{figures['low']:+.1f}, {figures['high']:+.1f}]"
+
+
+def less_start(start: Sequence[Run], arms: dict[str, list[Run]]) -> Iterator[str]:
+    """Every arm less the model that it began with: one and the same for all, so only the arm's seeds are drawn."""
+    compared = {name: compare(matched(start, runs)) for name, runs in arms.items()}
+    heads = (f"{name} less start ({len(runs)})" for name, runs in arms.items())
+    yield "\n| | " + " | ".join(heads) + " |\n" + "|---" * (len(arms) + 1) + "|"
+    for name, (block, figure) in DIFFERENCES.items():
+        cells = (span(each[block][figure]) if each[block] else "-" for each in compared.values())
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
 def told(name: str, figures: dict[str, Any], seeds: int) -> str:
     """One difference in words. Of one seed a side no verdict on a training is to be had."""
-    span = f"{figures['difference']:+.1f} [{figures['low']:+.1f}, {figures['high']:+.1f}]"
     verdict = VERDICTS[figures["verdict"]] if seeds > 1 else f"{figures['verdict']}, of these two checkpoints"
-    return f"| {name} | {span} | {verdict} |"
+    return f"| {name} | {span(figures)} | {verdict} |"
 
 
 def findings(folder: Path, start: Path | None) -> Iterator[str]:
     """The tables, line by line. Raises CoreSegError for evaluations that do not belong together."""
     arms = {name: read_side(name, folders) for name, folders in evaluations(folder).items()}
-    matched([run for runs in arms.values() for run in runs], [])  # none is unfinished, and all were asked the same
+    started = read_side("start", [start]) if start else []
+    matched([*started, *(run for runs in arms.values() for run in runs)], [])  # none unfinished, all asked the same
     yield "| arm (seeds) | " + " | ".join(FIGURES) + " |\n" + "|---" * (len(FIGURES) + 1) + "|"
-    if start:
-        yield row("start", read_side("start", [start]))
+    if started:
+        yield row("start", started)
     for name, runs in arms.items():
         yield row(name, runs)
+    if started:
+        yield from less_start(started, arms)
     for claim, (a, b) in CLAIMS.items():
         if a in arms and b in arms:
             compared, seeds = compare(matched(arms[a], arms[b])), (len(arms[a]), len(arms[b]))

@@ -53,24 +53,28 @@ def read_image(source: str | Path | np.ndarray | Image.Image) -> UInt8[np.ndarra
 
     Raises InputError: what came, what was expected and what to do.
     """
+    return read_image_and_changes(source)[0]
+
+
+def read_image_and_changes(
+    source: str | Path | np.ndarray | Image.Image,
+) -> tuple[UInt8[np.ndarray, "height width 3"], tuple[str, ...]]:
+    """The same, and what was done to its values that its owner may not have meant: stretched, or shown black."""
     if isinstance(source, np.ndarray):
-        name = "The array"
-        image = _array_to_rgb(source, name)
-    elif isinstance(source, Image.Image):
+        return _array_to_rgb(source, "The array")
+    if isinstance(source, Image.Image):
         name = "The PIL image"
         _check_size(source.size, name)
         with _decoding(name):
-            image = _pil_to_rgb(_upright(source, name), name)
-    elif isinstance(source, str | Path):
+            return _pil_to_rgb(_upright(source, name), name)
+    if isinstance(source, str | Path):
         name = str(source)
         with _opened(Path(source)) as picture, _decoding(name):
-            image = _pil_to_rgb(_upright(picture, name), name)
-    else:
-        raise InputError(
-            f"An image cannot be a {type(source).__name__}: expected a path, a NumPy array (height x width x 3) or a "
-            "PIL image. Convert it first."
-        )
-    return image
+            return _pil_to_rgb(_upright(picture, name), name)
+    raise InputError(
+        f"An image cannot be a {type(source).__name__}: expected a path, a NumPy array (height x width x 3) or a "
+        "PIL image. Convert it first."
+    )
 
 
 @dataclass(frozen=True)
@@ -288,15 +292,15 @@ def _is_deep(picture: Image.Image) -> bool:
     return picture.mode in _DEEP_MODES or picture.mode.startswith("I;16")
 
 
-def _pil_to_rgb(picture: Image.Image, name: str) -> UInt8[np.ndarray, "height width 3"]:
+def _pil_to_rgb(picture: Image.Image, name: str) -> tuple[UInt8[np.ndarray, "height width 3"], tuple[str, ...]]:
     if _is_deep(picture):
         return _array_to_rgb(np.asarray(picture), name)
     if picture.mode in _ALPHA_MODES or "transparency" in picture.info:
         return _array_to_rgb(np.asarray(picture.convert("RGBA")), name)
-    return np.array(picture.convert("RGB"))
+    return np.array(picture.convert("RGB")), ()
 
 
-def _array_to_rgb(values: np.ndarray, name: str) -> UInt8[np.ndarray, "height width 3"]:
+def _array_to_rgb(values: np.ndarray, name: str) -> tuple[UInt8[np.ndarray, "height width 3"], tuple[str, ...]]:
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)):
         raise InputError(
             f"{name}: its shape is {values.shape}, expected height x width, or height x width x 1, 3 or 4 channels. "
@@ -306,36 +310,48 @@ def _array_to_rgb(values: np.ndarray, name: str) -> UInt8[np.ndarray, "height wi
     if values.dtype.kind not in "buif":
         raise InputError(f"{name}: its values are {values.dtype}, expected numbers such as uint8. Convert it first.")
     channels = values[..., np.newaxis] if values.ndim == 2 else values
-    colour = _to_8_bit(channels[..., :3], name)
+    colour, changes = _to_8_bit(channels[..., :3], name)
     if channels.shape[2] == 4:
         alpha = channels[..., 3:]
         opaque = np.iinfo(alpha.dtype).max if alpha.dtype.kind in "ui" else 1
         if alpha.dtype.itemsize > 2 and alpha.dtype.kind in "ui":  # 8 or 16 bits kept in a wider type
             opaque = 255 if alpha.max() <= 255 else 65535
-        colour = (colour * np.clip(alpha / opaque, 0, 1) + 0.5).astype(np.uint8)
-    return np.array(np.broadcast_to(colour, (*colour.shape[:2], 3)))
+        shown = np.clip(alpha / opaque, 0, 1)
+        colour = (colour * shown + 0.5).astype(np.uint8)
+        if transparent := 100 * float((shown < 1).mean()):
+            changes = (
+                *changes,
+                f"{transparent:.2g} % of the picture is transparent and was darkened or shown black; if it has "
+                "something to see, save it without transparency",
+            )
+    return np.array(np.broadcast_to(colour, (*colour.shape[:2], 3))), changes
 
 
 def _to_8_bit(
     values: Shaped[np.ndarray, "height width channels"], name: str
-) -> UInt8[np.ndarray, "height width channels"]:
+) -> tuple[UInt8[np.ndarray, "height width channels"], tuple[str, ...]]:
     if values.dtype == np.uint8:
-        return values
+        return values, ()
     if values.dtype == np.bool_:
-        return values.astype(np.uint8) * np.uint8(255)
+        return values.astype(np.uint8) * np.uint8(255), ()
     finite = np.isfinite(values)
     if not finite.any():
         raise InputError(f"{name}: no value in it is finite, expected intensities. Check how it was made.")
     lowest, highest = float(values[finite].min()), float(values[finite].max())
+    changes: tuple[str, ...] = ()
     if values.dtype.kind == "f" and lowest >= 0 and highest <= 1:
         low, high = 0.0, 1.0
     else:
         low, high = (float(value) for value in np.percentile(values[finite], _STRETCH_PERCENTILES))
         if low == high:
             low, high = lowest, highest
+        changes = (
+            f"the picture's values, {lowest:g} to {highest:g}, were stretched so that {low:g} is black and {high:g} "
+            "white; to choose these yourself, save it with 8 bits",
+        )
     span = high - low or 1.0
     shares = (np.where(finite, values, lowest).astype(np.float32) - np.float32(low)) / np.float32(span)
-    return np.asarray(np.clip(shares, 0, 1) * 255 + 0.5, dtype=np.uint8)
+    return np.asarray(np.clip(shares, 0, 1) * 255 + 0.5, dtype=np.uint8), changes
 
 
 def _refuse_colours(name: str, *, several: bool) -> None:

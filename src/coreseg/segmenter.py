@@ -13,7 +13,7 @@ from PIL import Image
 
 from coreseg.answer import answer_sentence, check_question, check_reasoning, forced
 from coreseg.errors import InputError
-from coreseg.imaging import read_image
+from coreseg.imaging import read_image_and_changes
 from coreseg.model.assemble import DTYPES, EMBEDDED, confidence_of, load_parts, scope_of
 from coreseg.model.confidence import Confidence, Signs
 from coreseg.model.core_seg import CoreSeg
@@ -105,7 +105,8 @@ class Segmenter:
             check_question(question)
         for text in reasoning or ():
             check_reasoning(text)
-        pictures = [read_image(image) for image in images]
+        read = [read_image_and_changes(image) for image in images]
+        pictures = [picture for picture, _ in read]
         batch = self.processor(pictures, questions).to(self.model.device, self.model.dtype)
         grammar = self.processor.grammar
         openings = [self.processor.opening(text.strip()) for text in reasoning or ()]
@@ -129,12 +130,20 @@ class Segmenter:
         seconds = (time.perf_counter() - started) / len(pictures)
         outputs = map(_Output, generated.ids, generated.mask_logits, generated.log_probabilities, texture(maps).cpu())
         return [
-            self._result(picture, question, output, frame, seconds)
-            for picture, question, output, frame in zip(pictures, questions, outputs, batch.frames_wh, strict=True)
+            self._result(picture, changes, question, output, frame, seconds)
+            for (picture, changes), question, output, frame in zip(
+                read, questions, outputs, batch.frames_wh, strict=True
+            )
         ]
 
     def _result(
-        self, picture: np.ndarray, question: str, output: "_Output", frame_wh: tuple[int, int], seconds: float
+        self,
+        picture: np.ndarray,
+        changes: tuple[str, ...],
+        question: str,
+        output: "_Output",
+        frame_wh: tuple[int, int],
+        seconds: float,
     ) -> Result:
         """One row's ids and mask logits, brought back to the picture's own pixels."""
         height, width = picture.shape[:2]
@@ -160,7 +169,7 @@ class Segmenter:
             valid=answer is not None,
             seconds=seconds,
             image=picture,
-            warnings=self.scope.warnings(output.texture, question, answer) if self.scope else (),
+            warnings=(*changes, *(self.scope.warnings(output.texture, question, answer) if self.scope else ())),
             confidence=confidence,
             signs=signs,
         )

@@ -72,13 +72,14 @@ def test_attribute_questions_and_lesion_free_rows_stand_apart(made: Make) -> Non
     asked = {"attribute": "largest", "whole_dice": 0.8}
     rows = [
         (made(**asked, dice=0.5, plain_dice=0.5), made(**asked, dice=0.7, plain_dice=0.4)),
-        (made(lesion_share=0.0, predicted_share=0.1), made(lesion_share=0.0, predicted_share=0.0)),
+        (made(lesion_share=0.0, predicted_share=0.1), made(lesion_share=0.0, predicted_share=0.0, found=True)),
     ]
     found = compare([Pair((a,), (b,)) for a, b in rows])
     assert found["pooled"] is found["macro"] is None and found["gains"] == []
     assert found["attributes"]["dice"]["difference"] == pytest.approx(20.0)
     assert found["attributes"]["gain"]["a"] == 0.0 and found["attributes"]["gain"]["b"] == pytest.approx(30.0)
     assert found["lesion_free"]["specificity"]["difference"] == 100.0
+    assert found["lesion_free"]["called_absent"]["difference"] == 0.0
 
 
 @pytest.mark.parametrize("seeds", [(1, 1), (2, 3)])

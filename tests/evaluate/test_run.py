@@ -67,7 +67,7 @@ def test_a_malformed_answer_counts_as_an_empty_mask(
     assert pooled["dice"] == pooled["iou"] == pooled["detect"] == 0.0
     presence = evaluation.summary["presence"]
     assert presence["specificity"]["mean"] == presence["invalid_lesion_free"]["mean"] == 100.0
-    assert presence["sensitivity"]["mean"] == 0.0
+    assert presence["sensitivity"]["mean"] == presence["called_absent"]["mean"] == 0.0
     assert all(record.boxes == () and record.predicted_share == 0 and not record.found for record in evaluation.records)
 
 

@@ -129,6 +129,11 @@ def test_an_unknown_name_is_one_clear_error(name: str) -> None:
         Segmenter.from_pretrained(name)
 
 
+def test_a_name_that_may_be_a_missing_folder_or_one_at_a_hub_is_told_as_both() -> None:
+    with pytest.raises(ModelError, match="model runs/nothing: no folder here, and not to be had as a hub name: "):
+        Segmenter.from_pretrained("runs/nothing")
+
+
 def test_a_folder_without_a_model_is_one_clear_error(tmp_path: Path, parts: Build) -> None:
     with pytest.raises(ModelError, match=r"no config\.json"):
         load_parts(tmp_path)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from coreseg.errors import ConfigError, DataError
-from coreseg.evaluate.records import SCORES, Record, Score, attribute_gain, is_empty
+from coreseg.evaluate.records import SCORES, Record, Score, attribute_gain, is_called_absent, is_empty
 from coreseg.evaluate.report import cell, new_table
 from coreseg.evaluate.run import read_folder
 from coreseg.metrics import Interval, difference_interval, macro_mean
@@ -34,14 +34,20 @@ _LABELS = {
     "failure": "failure rate",
     "invalid": "  invalid form",
     "specificity": "specificity",
+    "called_absent": "  called absent",
     "gain": "  gain over its own mask of the whole category",
 }
-_SCORES: Mapping[str, Score] = {**SCORES, "specificity": is_empty, "gain": attribute_gain}
+_SCORES: Mapping[str, Score] = {
+    **SCORES,
+    "specificity": is_empty,
+    "called_absent": is_called_absent,
+    "gain": attribute_gain,
+}
 _LOWER_IS_BETTER = ("failure", "invalid")
 _BLOCKS = {
     "pooled": ("Rows with the lesion, pooled", ("dice", "detect", "failure", "invalid")),
     "macro": ("Rows with the lesion, mean of the sets", ("dice", "detect", "failure", "invalid")),
-    "lesion_free": ("Rows without the lesion", ("specificity", "invalid")),
+    "lesion_free": ("Rows without the lesion", ("specificity", "called_absent", "invalid")),
     "attributes": ("Questions about some of the lesions", ("dice", "gain", "detect", "invalid")),
 }
 _SAME = "not distinguishable"

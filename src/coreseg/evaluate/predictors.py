@@ -32,9 +32,7 @@ class ModelPredictor:
     def load(cls, model: str, device: str | None, dtype: str | None, *, constrained: bool) -> "ModelPredictor":
         """Load a checkpoint; its weights' digest is part of the settings, so that no answer outlives its model."""
         segmenter = Segmenter.from_pretrained(model, device, dtype)
-        place = find_checkpoint(model)
-        weights = weights_digest(place) if isinstance(place, Path) else place
-        settings = {"weights": weights, "dtype": str(segmenter.model.dtype), "constrained": constrained}
+        settings = {"weights": model_digest(model), "dtype": str(segmenter.model.dtype), "constrained": constrained}
         return cls(segmenter, model, constrained, settings)
 
     def predict(self, samples: Sequence[Sample], images: Images, questions: Sequence[str]) -> Sequence[Result]:
@@ -128,6 +126,12 @@ def answers_from_masks(
             )
         )
     return results
+
+
+def model_digest(model: str) -> str:
+    """What tells a model from its next version: the digest of its weights here, or its name at a hub."""
+    place = find_checkpoint(model)
+    return weights_digest(place) if isinstance(place, Path) else place
 
 
 def weights_digest(folder: Path) -> str:

@@ -100,6 +100,11 @@ def is_empty(record: Record) -> bool:
     return record.predicted_share == 0
 
 
+def is_called_absent(record: Record) -> bool:
+    """Whether the answer says that there is no lesion; one that says otherwise may come with an empty mask too."""
+    return record.valid and not record.found
+
+
 def attribute_gain(record: Record) -> float:
     """Of an attribute question: Dice less that of the predictor's own mask of the whole category."""
     return record.dice - (record.plain_dice or 0.0)
@@ -113,8 +118,8 @@ def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, Any]:
       `failure` = `invalid` form + `missed` (valid form, Dice 0); `near_miss` = Dice below 0.05, failures included.
     - `by`: the pooled scores within each source, modality, anatomy, category and lesion-size quartile.
     - `presence`: `specificity` = lesion-free rows with an empty mask, also by source; `sensitivity` = lesion-bearing
-      rows that were called found and given a mask. Lesion-free rows enter nothing else. An invalid answer counts as an
-      empty mask here too, so `invalid_lesion_free` stands beside.
+      rows that were called found and given a mask. Lesion-free rows enter nothing else. An empty mask may come of words
+      that see a lesion, or of an invalid answer: `called_absent` and `invalid_lesion_free` stand beside.
     - `pairs`: the rows whose image shows another category too: Dice with the asked lesions and with the `other` ones,
       pooled and by source. The two questions share the image's maps, so only the prompt can tell them apart.
     - `attributes`: the attribute questions apart, see `_attributes`.
@@ -195,6 +200,7 @@ def _presence(lesion: Sequence[Record], lesion_free: Sequence[Record], seed: int
     return {
         "sensitivity": figure(lesion, lambda record: record.found and not is_empty(record), seed) if lesion else None,
         "specificity": figure(lesion_free, is_empty, seed) if lesion_free else None,
+        "called_absent": figure(lesion_free, is_called_absent, seed) if lesion_free else None,
         "invalid_lesion_free": figure(lesion_free, SCORES["invalid"], seed) if lesion_free else None,
         "specificity_by_source": {
             source: figure([record for record in lesion_free if record.source == source], is_empty, seed)

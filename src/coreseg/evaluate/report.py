@@ -34,7 +34,12 @@ _GAINS: Mapping[Literal["dice", "detect"], str] = {
     "dice": "mDice gained, paired",
     "detect": "detect score gained, paired",
 }
-_PRESENCE = {"sensitivity": "sensitivity", "specificity": "specificity", "invalid_lesion_free": "  invalid form"}
+_PRESENCE = {
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "called_absent": "  called absent",
+    "invalid_lesion_free": "  invalid form",
+}
 _PAIRS = {"dice": "mDice with the asked lesion", "other": "mDice with the other one"}
 _ATTRIBUTES = {
     "dice": "mDice",

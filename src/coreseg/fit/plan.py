@@ -186,7 +186,7 @@ def prepare(config: FitConfig, *, progress: bool = True) -> Plan:
 
     require_packages()
     find_checkpoint(config.model)
-    _claim(config)
+    stale = _claim(config)
     started = time.monotonic()
     if config.import_ and not folder.exists():
         report = config.import_.run(folder, progress=progress)
@@ -197,7 +197,8 @@ def prepare(config: FitConfig, *, progress: bool = True) -> Plan:
         if plan.rows != rows_digest(lesions):
             raise DataError(f"{folder} has other rows than the fit in {out} began with; give another --out")
         return plan
-    notes = [*_import_notes(out), *_checked(lesions, progress)]
+    again = ["imported again, since its options have changed"] if stale else []
+    notes = [*again, *_import_notes(out), *_checked(lesions, progress)]
     plan = _measured(config, lesions, tuple(notes), time.monotonic() - started)
     write_text(out / PLAN, json.dumps(asdict(plan), indent=1) + "\n")
     return plan
@@ -215,9 +216,10 @@ def _read_plan(out: Path) -> Plan:
         raise DataError(f"{out / PLAN}: cannot be read ({error}); give another --out, or delete that folder") from error
 
 
-def _claim(config: FitConfig) -> None:
+def _claim(config: FitConfig) -> bool:
+    """Make `out` this fit's own. True where an earlier import is out of date and was deleted."""
     out = Path(config.out)
-    file = out / SETTINGS
+    file, stale = out / SETTINGS, False
     if not file.exists():
         require_empty(out)
         out.mkdir(parents=True, exist_ok=True)
@@ -227,9 +229,11 @@ def _claim(config: FitConfig) -> None:
                 f"{out} holds a fit with other settings ({', '.join(differ)} changed); give another --out, or delete "
                 "that folder"
             )
-        if "import" in differ:
-            shutil.rmtree(out / "set", ignore_errors=True)
+        stale = "import" in differ and (out / "set").exists()
+        if stale:
+            shutil.rmtree(out / "set")
     settings_files.save(config, file)
+    return stale
 
 
 def _import_notes(out: Path) -> list[str]:

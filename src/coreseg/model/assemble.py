@@ -127,7 +127,7 @@ def find_checkpoint(name_or_path: str | Path) -> Path | str:
     parts = str(name_or_path).split("/")
     if len(parts) != 2 or str(name_or_path).startswith((".", "/", "~")):
         raise ModelError(
-            f"unknown model {str(name_or_path)!r}; "
+            f"unknown model {str(name_or_path)!r}: there is no folder of that name; "
             "expected 'nano', 'nano-sft', a checkpoint or run folder, or a hub name OWNER/NAME"
         )
     return str(name_or_path)
@@ -160,7 +160,8 @@ def load_parts(name_or_path: str | Path, dtype: torch.dtype | None = None) -> tu
         model.segmenter.vision_encoder.requires_grad_(False)
         return model, processor
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model {name_or_path}: cannot be loaded: {_first(error)}") from error
+        where = "no folder here, and not to be had as a hub name" if isinstance(place, str) else "cannot be loaded"
+        raise ModelError(f"model {name_or_path}: {where}: {_first(error)}") from error
 
 
 def freeze_all_but_heads(model: CoreSeg) -> None:

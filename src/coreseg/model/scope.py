@@ -103,7 +103,7 @@ class Scope:
             return tuple(told)
         category, known = answer.category, {name for kind in self.kinds for name in kind.categories}
         if category not in known:
-            told.append(f"this model was never trained on {category}; it knows {listed(sorted(known))}")
+            told.append(f"this model does not know {category}; it knows {listed(sorted(known))}")
         elif not names_any(question, known):
             told.append(f"the question names no lesion that this model knows; it was taken to be about {category}")
         if not told and category not in nearest.categories:
