@@ -3,7 +3,8 @@
 python recipes/nano/findings.py FOLDER [--start EVALUATION]
 
 FOLDER has an evaluation for each arm and seed, ARM-SEED or ARM-SEED/evaluation; START is that of the model they all
-began with. Figures in %: the mean over seeds, their least and greatest in brackets. Differences: paired by question,
+began with. Beside an arm stands its own question-blind prompt, of the seeds that were evaluated with --question-blind:
+what changed there has nothing to do with language. Figures in %: the mean over seeds, their least and greatest in brackets. Differences: paired by question,
 intervals over seeds and cases (`coreseg compare`). A claim that an arm is better than another is *reproduced* where the
 interval lies on its side of 0, *contradicted at this size* where it lies on the other, else *not distinguishable*.
 """
@@ -52,9 +53,22 @@ def evaluations(folder: Path) -> dict[str, list[Path]]:
     found = defaultdict(list)
     for path in sorted(folder.iterdir()):
         inner = path / "evaluation" if (path / "evaluation").is_dir() else path
-        if any((inner / name).is_file() for name in ("records.jsonl", "records.jsonl.gz")):
+        if has_records(inner):
             found[path.name.rsplit("-", 1)[0]].append(inner)
     return dict(found)
+
+
+def has_records(folder: Path) -> bool:
+    """Whether `coreseg evaluate` wrote there."""
+    return any((folder / name).is_file() for name in ("records.jsonl", "records.jsonl.gz"))
+
+
+def rows(name: str, runs: Sequence[Run]) -> Iterator[str]:
+    """An arm's lines: its own, and where it was asked for, that of its question-blind prompt."""
+    yield row(name, runs)
+    blind = [run.folder / "question-blind" for run in runs if has_records(run.folder / "question-blind")]
+    if blind:
+        yield row(f"{name}, question-blind", read_side(name, blind))
 
 
 def row(name: str, runs: Sequence[Run]) -> str:
@@ -97,9 +111,9 @@ def findings(folder: Path, start: Path | None) -> Iterator[str]:
     matched([*started, *(run for runs in arms.values() for run in runs)], [])  # none unfinished, all asked the same
     yield "| arm (seeds) | " + " | ".join(FIGURES) + " |\n" + "|---" * (len(FIGURES) + 1) + "|"
     if started:
-        yield row("start", started)
+        yield from rows("start", started)
     for name, runs in arms.items():
-        yield row(name, runs)
+        yield from rows(name, runs)
     if started:
         yield from less_start(started, arms)
     for claim, (a, b) in CLAIMS.items():

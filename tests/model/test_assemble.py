@@ -129,7 +129,10 @@ def test_an_unknown_name_is_one_clear_error(name: str) -> None:
         Segmenter.from_pretrained(name)
 
 
-def test_a_name_that_may_be_a_missing_folder_or_one_at_a_hub_is_told_as_both() -> None:
+def test_a_name_that_may_be_a_missing_folder_or_one_at_a_hub_is_told_as_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="model runs/nothing: no folder here, and not to be had as a hub name: "):
         Segmenter.from_pretrained("runs/nothing")
 
