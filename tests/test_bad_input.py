@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import Result
+from command import complaint, run
 from PIL import ExifTags, Image
-from typer.testing import CliRunner
 
-from coreseg.cli import app
 from coreseg.testing import write_phantom_set
 
 QUESTION = "Where is the tumor?"
@@ -91,24 +91,15 @@ BAD: dict[str, tuple[str, Make, str]] = {
 }
 
 
-def run(*words: str | Path) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error; a crash is raised."""
-    done = CliRunner().invoke(app, [str(word) for word in words])
-    if done.exception and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done.exit_code, done.stdout, done.stderr
-
-
-def assert_one_error(done: tuple[int, str, str], message: str) -> None:
-    code, output, error = done
-    assert (code, output) == (2, "")
-    assert error.startswith("error: ") and error.count("\n") == 1 and len(error) < 500, error
+def assert_one_error(done: Result, message: str) -> None:
+    error = complaint(done)
+    assert done.stdout == "" and len(error) < 500, error
     assert message in error
 
 
 def assert_found(path: Path, out: Path, size_wh: tuple[int, int]) -> None:
-    code, _, error = run("segment", path, QUESTION, "--out", out)
-    assert (code, error) == (0, "")
+    done = run("segment", path, QUESTION, "--out", out)
+    assert (done.exit_code, done.stderr) == (0, "")
     with Image.open(out / f"{path.stem}.mask.png") as mask, Image.open(out / f"{path.stem}.overlay.png") as overlay:
         assert mask.size == overlay.size == size_wh
         assert mask.getbbox() == SQUARE
@@ -183,9 +174,9 @@ def test_a_mask_of_another_size_stops_an_evaluation(misfit: Path) -> None:
 
 
 def test_a_mask_of_another_size_is_found_by_the_check(misfit: Path) -> None:
-    code, output, _ = run("data", "check", misfit)
-    assert code == 1
-    assert "the mask is 40x48 px, its image" in output
+    done = run("data", "check", misfit)
+    assert done.exit_code == 1
+    assert "the mask is 40x48 px, its image" in done.stdout
 
 
 FACTS = ("--modality", "ct", "--anatomy", "lung", "--category", "nodule")
@@ -274,9 +265,9 @@ def test_a_source_that_cannot_be_imported(tmp_path: Path, make: Callable[[Path],
 @pytest.mark.parametrize("make", [folder, nifti, lambda at: coco(at, "läsion 1.png")], ids=["folder", "nnunet", "coco"])
 def test_names_beyond_ascii_are_imported(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     source = make(tmp_path / "Läsionen 病例")
-    code, output, error = run("data", "import", source, "--out", tmp_path / "new" / "öut", *FACTS)
-    assert (code, error) == (0, "") and "lesion-free" in output
-    assert run("data", "check", tmp_path / "new" / "öut")[0] == 0
+    done = run("data", "import", source, "--out", tmp_path / "new" / "öut", *FACTS)
+    assert (done.exit_code, done.stderr) == (0, "") and "lesion-free" in done.stdout
+    assert run("data", "check", tmp_path / "new" / "öut").exit_code == 0
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
@@ -291,7 +282,8 @@ def test_a_jpeg_mask_of_black_and_white_is_imported(tmp_path: Path) -> None:
     soft = Image.fromarray((grey() > 200).astype(np.uint8) * 255).resize((400, 300)).resize((40, 30))
     for quality in (30, 60, 95):
         source = folder(tmp_path / f"at{quality}", partial(soft.save, format="JPEG", quality=quality))
-        assert run("data", "import", source, "--out", tmp_path / f"out{quality}", *FACTS)[::2] == (0, "")
+        done = run("data", "import", source, "--out", tmp_path / f"out{quality}", *FACTS)
+        assert (done.exit_code, done.stderr) == (0, "")
         (row,) = (tmp_path / f"out{quality}" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
         assert np.abs(np.subtract(json.loads(row)["boxes"], [SQUARE])).max() <= 1
 
@@ -305,7 +297,7 @@ WEIGHTS = Path(__file__).resolve().parent.parent / "src" / "coreseg" / "nano" / 
 def test_nano_takes_them_too(tmp_path: Path, name: str) -> None:
     file_name, make, size_wh = GOOD[name]
     make(tmp_path / file_name)
-    code, _, error = run("segment", tmp_path / file_name, QUESTION, "--out", tmp_path / "out")
-    assert (code, error) == (0, "")
+    done = run("segment", tmp_path / file_name, QUESTION, "--out", tmp_path / "out")
+    assert (done.exit_code, done.stderr) == (0, "")
     with Image.open(tmp_path / "out" / "a.mask.png") as mask:
         assert mask.size == size_wh

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import Result
+from command import complaint, run
 from PIL import Image
 from typer.main import get_command
-from typer.testing import CliRunner
 
 from coreseg.cli import app
 
@@ -29,21 +28,6 @@ def commands(group: Any, *names: str) -> list[tuple[str, ...]]:
 
 
 COMMANDS = commands(get_command(app))
-
-
-def run(*words: str | Path) -> Result:
-    """The command in this process; a crash is raised."""
-    done = CliRunner().invoke(app, [str(word) for word in words])
-    if done.exception and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done
-
-
-def complaint(done: Result, code: int = 2) -> str:
-    """The one line on standard error that a user's mistake gives."""
-    assert done.exit_code == code
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
-    return done.stderr
 
 
 @pytest.fixture(autouse=True)

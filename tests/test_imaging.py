@@ -129,7 +129,9 @@ def test_what_was_done_to_the_values_is_told(rgb: np.ndarray, tmp_path: Path) ->
     Image.fromarray(deep).save(tmp_path / "deep.png")
     for source in (deep, tmp_path / "deep.png", Image.fromarray(deep)):
         (told,) = read_image_and_changes(source)[1]
-        assert told.startswith("the picture's values, 1000 to 3000, were stretched so that 1010 is black and 2990 white")
+        assert told.startswith(
+            "the picture's values, 1000 to 3000, were stretched so that 1010 is black and 2990 white"
+        )
     quarter = np.dstack([rgb, np.full((HEIGHT, WIDTH), 255, dtype=np.uint8)])
     quarter[: HEIGHT // 2, : WIDTH // 2, 3] = 100
     Image.fromarray(quarter).save(tmp_path / "quarter.png")

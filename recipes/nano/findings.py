@@ -4,9 +4,10 @@ python recipes/nano/findings.py FOLDER [--start EVALUATION]
 
 FOLDER has an evaluation for each arm and seed, ARM-SEED or ARM-SEED/evaluation; START is that of the model they all
 began with. Beside an arm stands its own question-blind prompt, of the seeds that were evaluated with --question-blind:
-what changed there has nothing to do with language. Figures in %: the mean over seeds, their least and greatest in brackets. Differences: paired by question,
-intervals over seeds and cases (`coreseg compare`). A claim that an arm is better than another is *reproduced* where the
-interval lies on its side of 0, *contradicted at this size* where it lies on the other, else *not distinguishable*.
+what changed there has nothing to do with language. Figures in %: the mean over seeds, their least and greatest in
+brackets. Differences: paired by question, intervals over seeds and cases (`coreseg compare`). A claim that an arm is
+better than another is *reproduced* where the interval lies on its side of 0, *contradicted at this size* where it lies
+on the other, else *not distinguishable*.
 """
 
 import argparse

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import complaint, run
 from teacher_server import CALM, INPUT_TOKENS, OUTPUT_TOKENS, Answer, Request, TeacherServer, reply_to, well
-from typer.testing import CliRunner
 
-from coreseg.cli import app
 from coreseg.config import load
 from coreseg.data.build import endpoint as endpoint_module
 from coreseg.data.build.ledger import Ledger
@@ -628,19 +627,6 @@ def rss_mb(process: int) -> float:
 # --- the commands ----------------------------------------------------------------------------------------------------
 
 
-def run(*words: str | Path) -> Any:
-    done = CliRunner().invoke(app, [str(word) for word in words])
-    if done.exception and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done
-
-
-def complaint(*words: str | Path) -> str:
-    done = run(*words)
-    assert done.exit_code == 2 and done.stderr.count("\n") == 1, done.output
-    return str(done.stderr)
-
-
 def test_describe_then_review_costs_nothing_again(tmp_path: Path) -> None:
     lesions = lesion_set(tmp_path / "set", 5)
     with TeacherServer(well) as server:
@@ -663,7 +649,7 @@ def test_a_free_judge_has_no_use_for_the_budget_of_the_teacher(tmp_path: Path) -
         words = ("data", "review", lesions.root, "--judge", config)
         done = run(*words, "--out", tmp_path / "out")
         assert done.exit_code == 0 and "2 of 2 rows kept" in done.stdout, done.output
-        assert "no price is set" in complaint(*words, "--out", tmp_path / "again", "--max-cost", "5")
+        assert "no price is set" in complaint(run(*words, "--out", tmp_path / "again", "--max-cost", "5"))
 
 
 def test_review_exits_with_one_for_a_lie(tmp_path: Path) -> None:
@@ -694,7 +680,7 @@ def test_a_dry_run_sends_nothing_and_tells_words_and_cost(tmp_path: Path) -> Non
         once, most = (estimate(lesions.samples, replace(settings, attempts=times)).most for times in (1, 3))
         assert most == pytest.approx(3 * once), "a text that stands is not written again"
         config.write_text(f'[judge]\nbase_url = "{server.url}"\nmodel = "m"\n')
-        assert "no teacher is set" in complaint("data", "describe", lesions.root, "--teacher", config, "--dry-run")
+        assert "no teacher is set" in complaint(run("data", "describe", lesions.root, "--teacher", config, "--dry-run"))
     assert not (tmp_path / "cache").exists()
 
 
@@ -702,16 +688,18 @@ def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
     lesions = lesion_set(tmp_path / "set", 2)
     config = write_config(tmp_path / "t.toml", "http://127.0.0.1:9/v1", tmp_path / "cache", judge=False)
     out = ("--out", tmp_path / "out")
-    assert "--out is missing" in complaint("data", "describe", lesions.root)
-    assert "--max-cost is for a teacher" in complaint("data", "describe", lesions.root, *out, "--max-cost", "3")
-    assert "--dry-run shows" in complaint("data", "describe", lesions.root, "--dry-run")
-    assert "no judge is set" in complaint("data", "review", lesions.root, *out, "--judge", config)
-    assert "seed is -1; expected 0 or more" in complaint("data", "describe", lesions.root, *out, "--seed", "-1")
-    assert "cannot be read" in complaint("data", "describe", lesions.root, *out, "--teacher", tmp_path / "none.toml")
-    said = complaint("data", "describe", lesions.root, *out, "--teacher", config)
+    assert "--out is missing" in complaint(run("data", "describe", lesions.root))
+    assert "--max-cost is for a teacher" in complaint(run("data", "describe", lesions.root, *out, "--max-cost", "3"))
+    assert "--dry-run shows" in complaint(run("data", "describe", lesions.root, "--dry-run"))
+    assert "no judge is set" in complaint(run("data", "review", lesions.root, *out, "--judge", config))
+    assert "seed is -1; expected 0 or more" in complaint(run("data", "describe", lesions.root, *out, "--seed", "-1"))
+    assert "cannot be read" in complaint(
+        run("data", "describe", lesions.root, *out, "--teacher", tmp_path / "none.toml")
+    )
+    said = complaint(run("data", "describe", lesions.root, *out, "--teacher", config))
     assert "0 of 2 rows done, 2 left" in said and "no connection" in said
     config.write_text(config.read_text().replace("max_cost = 100\n", ""))
-    assert "no budget" in complaint("data", "describe", lesions.root, *out, "--teacher", config)
+    assert "no budget" in complaint(run("data", "describe", lesions.root, *out, "--teacher", config))
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="no teacher"):
         next(describe_rows(lesions, lesions.samples, TeacherConfig(), Ledger(tmp_path / "cache")))
