@@ -221,6 +221,7 @@ def test_ignoring_the_attribute_is_visible(
     block = means(ignoring.summary["attributes"])
     assert block["dice"] == block["whole"] == block["plain"] == pytest.approx(100 * 200 / 225)
     assert block["gain"] == 0.0
+    assert block["rest"] == block["plain_rest"] == pytest.approx(100 * 50 / 150), "it outlines the other one too"
     assert block["detect"] == pytest.approx(100 * 2 / 3)
     assert ignoring.summary["n"] == 5, "attribute questions enter no other figure"
     assert ignoring.summary["pooled"]["dice"]["mean"] == 100.0
@@ -235,6 +236,7 @@ def test_ignoring_the_attribute_is_visible(
     block = run(lesion_set, replace(oracle, answer=obey), attribute_questions=True).summary["attributes"]
     assert means(block)["dice"] == means(block)["detect"] == 100.0
     assert means(block)["gain"] == block["by"]["largest"]["mean"] == pytest.approx(100 * 25 / 225)
+    assert (means(block)["rest"], means(block)["plain_rest"]) == (0.0, pytest.approx(100 * 50 / 150))
 
 
 def test_attribute_questions_of_the_package_are_asked_and_scored(lesion_set: LesionSet, oracle: Any) -> None:
@@ -291,6 +293,16 @@ def test_size_quartiles_hold_a_quarter_each(made: Make) -> None:
 
 def test_equal_sizes_do_not_break_the_quartiles(made: Make) -> None:
     assert sum(block["n"] for block in summarise([made()] * 5)["by"]["size"].values()) == 5
+
+
+def test_agreement_is_of_what_was_found(made: Make) -> None:
+    """Not of lesion-free rows, answers of "no", and those that show no signs."""
+    agreeing = [made(source="a", signs={"boxes": 0.5}), made(source="b", signs={"boxes": 1.0})]
+    agreeing.append(made(source="b", signs={"boxes": 0.9}))
+    others = [made(signs=None), made(found=False, signs={"boxes": 0.0}), made(lesion_share=0.0, signs={"boxes": 0.0})]
+    told = summarise([*agreeing, *others])["agreement"]
+    assert (told["n"], told["pooled"]["mean"], told["macro"]["mean"]) == (3, pytest.approx(80.0), pytest.approx(72.5))
+    assert summarise(others)["agreement"] is None
 
 
 def test_sensitivity_wants_the_word_and_the_mask(made: Make) -> None:

@@ -33,6 +33,8 @@ class Record:
     boxes: as written, in original pixels.
     whole_dice: attribute questions only: what the reference mask of the whole category scores against the asked one.
     plain_dice: attribute questions only: the same of the mask that this predictor gave to the plain question.
+    rest_dice, plain_rest_dice: attribute questions only: Dice of the answered mask, and of that to the plain question,
+    with the category's lesions that were not asked for.
     other_dice: where the same image also shows another category: Dice of the answered mask with that one's lesions.
     reference_words, mask_words: of each kind of statement that can be measured on the asked mask, and on the answered
     one, the measured value and after it the others that count as true; None in records of earlier versions.
@@ -61,6 +63,8 @@ class Record:
     seconds: float
     whole_dice: float | None = None
     plain_dice: float | None = None
+    rest_dice: float | None = None
+    plain_rest_dice: float | None = None
     other_dice: float | None = None
     reference_words: Mapping[str, Sequence[str]] | None = None
     mask_words: Mapping[str, Sequence[str]] | None = None
@@ -120,6 +124,8 @@ def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, Any]:
     - `presence`: `specificity` = lesion-free rows with an empty mask, also by source; `sensitivity` = lesion-bearing
       rows that were called found and given a mask. Lesion-free rows enter nothing else. An empty mask may come of words
       that see a lesion, or of an invalid answer: `called_absent` and `invalid_lesion_free` stand beside.
+    - `agreement`: detect score of the written boxes against those of the answer's own mask, on lesion-bearing rows that
+      were called found, pooled and macro.
     - `pairs`: the rows whose image shows another category too: Dice with the asked lesions and with the `other` ones,
       pooled and by source. The two questions share the image's maps, so only the prompt can tell them apart.
     - `attributes`: the attribute questions apart, see `_attributes`.
@@ -142,6 +148,7 @@ def summarise(records: Sequence[Record], seed: int = 0) -> dict[str, Any]:
             "size": _by(lesion, _size_quartile(lesion), seed),
         },
         "presence": _presence(lesion, [record for record in plain if record.lesion_share == 0], seed),
+        "agreement": _agreement([record for record in lesion if record.found and record.signs is not None], seed),
         "pairs": _pairs([record for record in lesion if record.other_dice is not None], seed),
         "attributes": _attributes([record for record in records if record.attribute], seed),
         "statements": _statements([record for record in lesion if record.reference_words is not None], seed),
@@ -209,6 +216,18 @@ def _presence(lesion: Sequence[Record], lesion_free: Sequence[Record], seed: int
     }
 
 
+def _agreement(records: Sequence[Record], seed: int) -> dict[str, Any] | None:
+    if not records:
+        return None
+    scores = [record.signs["boxes"] if record.signs else 0.0 for record in records]
+    sets, cases = [record.source for record in records], [record.drawn_with for record in records]
+    return {
+        "n": len(records),
+        "pooled": _percent(float(np.mean(scores)), bootstrap_interval(scores, cases, seed)),
+        "macro": _percent(macro_mean(scores, sets), macro_bootstrap_interval(scores, cases, sets, seed)),
+    }
+
+
 def _sureness(records: Sequence[Record], seed: int) -> dict[str, Any] | None:
     told, cases = [record.confidence or 0.0 for record in records], [record.drawn_with for record in records]
     return sureness(told, [record.dice for record in records], cases, seed)
@@ -268,16 +287,20 @@ def _attributes(records: Sequence[Record], seed: int) -> dict[str, Any] | None:
 
     `whole`: the perfect mask of the whole category. `plain`: this predictor's own mask of the whole category.
     `gain`: Dice less `plain`, paired; about 0 means that the attribute was not understood. `by`: gain by attribute.
+    `rest`, `plain_rest`: Dice of its mask, and of its own mask of the whole category, with the lesions not asked for.
     """
     if not records:
         return None
 
     kinds = sorted({record.attribute for record in records})
+    beside = [record for record in records if record.rest_dice is not None]
     return {
         **_pooled(records, seed),
         "whole": figure(records, lambda record: record.whole_dice or 0.0, seed),
         "plain": figure(records, lambda record: record.plain_dice or 0.0, seed),
         "gain": figure(records, attribute_gain, seed),
+        "rest": figure(beside, lambda record: record.rest_dice or 0.0, seed) if beside else None,
+        "plain_rest": figure(beside, lambda record: record.plain_rest_dice or 0.0, seed) if beside else None,
         "by": {
             kind: figure([record for record in records if record.attribute == kind], attribute_gain, seed)
             for kind in kinds

@@ -40,12 +40,15 @@ _PRESENCE = {
     "called_absent": "  called absent",
     "invalid_lesion_free": "  invalid form",
 }
+_AGREEMENT = {"pooled": "pooled", "macro": "mean of the sets"}
 _PAIRS = {"dice": "mDice with the asked lesion", "other": "mDice with the other one"}
 _ATTRIBUTES = {
     "dice": "mDice",
     "plain": "  its own mask of the whole category",
     "gain": "  gain over that",
     "whole": "  the perfect mask of the whole category",
+    "rest": "mDice with the lesions not asked for",
+    "plain_rest": "  its own mask of the whole category",
     "failure": "failure rate",
     "detect": "detect score",
 }
@@ -174,6 +177,7 @@ def print_table(evaluation: Evaluation, baselines: Sequence[Evaluation] = (), co
         _headline_table("Rows with the lesion, pooled", "pooled", columns),
         _headline_table("Rows with the lesion, mean of the sets", "macro", columns),
         _block_table("Is it there?", _PRESENCE, "presence", columns),
+        _block_table("Do boxes and mask agree? Detect score of one beside the other", _AGREEMENT, "agreement", columns),
         _block_table("Images with two categories: is it the asked one?", _PAIRS, "pairs", columns),
         _block_table("Questions about some of the lesions", _ATTRIBUTES, "attributes", columns),
         _statement_table(columns),

@@ -240,6 +240,8 @@ def scored(
         seconds=result.seconds,
         whole_dice=dice(whole, ask.reference) if ask.attribute else None,
         plain_dice=dice(plain_mask, ask.reference) if ask.attribute else None,
+        rest_dice=dice(mask, whole & ~ask.reference) if ask.attribute else None,
+        plain_rest_dice=dice(plain_mask, whole & ~ask.reference) if ask.attribute else None,
         other_dice=None if ask.other is None else dice(mask, ask.other),
         reference_words=_true_words(ask.image, ask.reference),
         mask_words=_true_words(ask.image, mask),
