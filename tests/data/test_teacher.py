@@ -423,7 +423,7 @@ def test_a_full_folder_and_one_that_cannot_be_written(tmp_path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("coreseg.data.build.run.share_file", full)
-    with pytest.raises(DataError, match=r"out: the set cannot be written .*No space left"):
+    with pytest.raises(DataError, match=r"out: cannot be written .*No space left"):
         describe_set(lesions, tmp_path / "out", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "set"], "nothing half-written"
 

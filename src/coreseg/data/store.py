@@ -119,6 +119,15 @@ def require_empty(folder: Path) -> None:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises DataError where what is written inside, at `path`, meets a full disk or one that may not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error}). Check space and permissions.") from error
+
+
+@contextmanager
 def new_set(destination: Path) -> Iterator[Path]:
     """A new folder to make a data set in, which takes the destination's place at the end.
 
@@ -133,19 +142,18 @@ def new_set(destination: Path) -> Iterator[Path]:
     staging = whole.with_name(f".{whole.name}.partial")
     parents = [path for path in staging.parents if not path.exists()]
     try:
-        staging.mkdir(parents=True, exist_ok=True)
-        with _locked(staging, destination):
-            try:
-                for path in staging.iterdir():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                yield staging
-                if whole.exists():
-                    whole.rmdir()
-                staging.rename(whole)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
-        raise DataError(f"{destination}: the set cannot be written ({error}). Check space and permissions.") from error
+        with writing(destination):
+            staging.mkdir(parents=True, exist_ok=True)
+            with _locked(staging, destination):
+                try:
+                    for path in staging.iterdir():
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    yield staging
+                    if whole.exists():
+                        whole.rmdir()
+                    staging.rename(whole)
+                finally:
+                    shutil.rmtree(staging, ignore_errors=True)
     finally:
         for path in parents:
             with suppress(OSError):  # as it is not empty where all went well

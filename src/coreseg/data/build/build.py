@@ -19,7 +19,6 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from coreseg.data.build.scores import FilterSettings, RunFolds, TrainFold, rows_
 from coreseg.data.build.settings import TeacherConfig
 from coreseg.data.manifest import read_sources, write_manifest
 from coreseg.data.sources import ImportSettings, recognise
-from coreseg.data.store import METADATA, LesionSet, copy_rows, new_set, parse_row, require_empty, write_text
+from coreseg.data.store import METADATA, LesionSet, copy_rows, new_set, parse_row, require_empty, write_text, writing
 from coreseg.errors import ConfigError, DataError
 
 SETTINGS, MANIFEST, BENCHMARK = "build.toml", "manifest.json", "benchmark.jsonl"
@@ -157,7 +156,7 @@ def _claim(out: Path, config: BuildConfig) -> None:
             f"{out} holds a build with other settings ({', '.join(differ)} changed); give another `out`, or delete "
             "that folder"
         )
-    with _writing(out):
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         settings_files.save(config, file)
         (out / "stages").mkdir(exist_ok=True)
@@ -191,7 +190,7 @@ def _require_same_rows(before: LesionSet, folder: Path) -> None:
     """Raises DataError where a finished stage was made of other rows; of one that is to come, writes them down."""
     file, digest = folder.with_suffix(".rows"), rows_digest(before)
     if not folder.exists():
-        with _writing(folder):
+        with writing(folder):
             write_text(file, digest + "\n")
     elif file.exists() and file.read_text(encoding="utf-8").strip() != digest:
         raise _other_rows(before, folder)
@@ -212,14 +211,6 @@ def _require_rows(folder: Path) -> None:
         )
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}). Check space and permissions.") from error
-
-
 def _import(settings: ImportSettings, folder: Path, progress: bool) -> None:
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -232,7 +223,7 @@ def _import(settings: ImportSettings, folder: Path, progress: bool) -> None:
         "masks_without_image": len(report.masks_without_image),
     }
     lines = "".join(f"{line}\n" for line in (*report.made()[1:], *report.to_mind()))
-    with _writing(folder):
+    with writing(folder):
         write_text(part / REPORT, json.dumps(counts, indent=1) + "\n")
         write_text(folder.with_suffix(".log"), lines)
         part.rename(folder)
@@ -303,5 +294,5 @@ def _write_manifest(out: Path, config: BuildConfig, told: list[Stage], seconds: 
         "seconds_of_last_call": round(seconds, 1),
     }
     text = json.dumps(manifest, ensure_ascii=False, indent=1)
-    with _writing(out):
+    with writing(out):
         write_text(out / MANIFEST, text + "\n")

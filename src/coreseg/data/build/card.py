@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from coreseg.data.manifest import read_sources
-from coreseg.data.store import SPLITS, LesionSet, evenly, write_text
-from coreseg.errors import CoreSegError, DataError
+from coreseg.data.store import SPLITS, LesionSet, evenly, write_text, writing
+from coreseg.errors import CoreSegError
 from coreseg.imaging import overlay
 from coreseg.types import Sample
 
@@ -59,11 +59,9 @@ def write_card(
 
     Raises DataError where they cannot be written, or `sources.json` cannot be read.
     """
-    try:
+    with writing(page):
         write_text(page, _html(lesions, stages, rejected))
         write_text(text, _markdown(lesions, stages, rejected))
-    except OSError as error:
-        raise DataError(f"{page}: the card cannot be written ({error}). Check space and permissions.") from error
 
 
 def name_of(lesions: LesionSet) -> str:

@@ -38,7 +38,7 @@ from coreseg.data.build.scores import (
     rows_digest,
     trained,
 )
-from coreseg.data.store import SPLITS, LesionSet, copy_rows, new_set, require_empty, write_text
+from coreseg.data.store import SPLITS, LesionSet, copy_rows, new_set, require_empty, write_text, writing
 from coreseg.errors import ConfigError, DataError, MissingExtraError
 
 SCORES, SUMMARY, CURVES = "scores.jsonl", "filter.json", "curves"
@@ -99,21 +99,20 @@ def filter_set(
             "folder for the new set."
         )
     try:
-        if scores:
-            scored = from_file(scores, lesions)
-        elif settings.proxy:
-            scored = proxy(lesions, progress)
-        else:
-            assert train_fold is not None
-            scored = trained(lesions, settings, train_fold, work, run, progress)
-        decided, cuts = _decided(scored, settings)
-        summary = _summary(lesions, decided, cuts, settings, scores)
-        with new_set(out) as staging:
-            _write(lesions, staging, decided, cuts, summary)
-        if training:
-            shutil.rmtree(work)
-    except OSError as error:
-        raise DataError(f"{out}: the set cannot be written ({error}). Check space and permissions.") from error
+        with writing(out):
+            if scores:
+                scored = from_file(scores, lesions)
+            elif settings.proxy:
+                scored = proxy(lesions, progress)
+            else:
+                assert train_fold is not None
+                scored = trained(lesions, settings, train_fold, work, run, progress)
+            decided, cuts = _decided(scored, settings)
+            summary = _summary(lesions, decided, cuts, settings, scores)
+            with new_set(out) as staging:
+                _write(lesions, staging, decided, cuts, summary)
+            if training:
+                shutil.rmtree(work)
     finally:
         if not (work / RUN).exists():
             shutil.rmtree(work, ignore_errors=True)
