@@ -4,10 +4,12 @@ python recipes/nano/findings.py FOLDER [--start EVALUATION]
 
 FOLDER has an evaluation for each arm and seed, ARM-SEED or ARM-SEED/evaluation; START is that of the model they all
 began with. Beside an arm stands its own question-blind prompt, of the seeds that were evaluated with --question-blind:
-what changed there has nothing to do with language. Figures in %: the mean over seeds, their least and greatest in
-brackets. Differences: paired by question, intervals over seeds and cases (`coreseg compare`). A claim that an arm is
-better than another is *reproduced* where the interval lies on its side of 0, *contradicted at this size* where it lies
-on the other, else *not distinguishable*.
+what changed there has nothing to do with language. "Found" are the rows whose lesion all runs of both sides give a
+mask: what differs there is not how readily a lesion is called absent.
+
+Figures in %: the mean over seeds, their least and greatest in brackets. Differences: paired by question, intervals over
+seeds and cases (`coreseg compare`). A claim that an arm is better than another is *reproduced* where the interval lies
+on its side of 0, *contradicted at this size* where it lies on the other, else *not distinguishable*.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import numpy as np
 
 from coreseg.errors import CoreSegError
 from coreseg.evaluate.compare import Run, compare, matched, read_side, training_noise
-from coreseg.evaluate.records import summarise
+from coreseg.evaluate.records import is_given, summarise
 
 FIGURES = {
     "mDice": ("pooled", "dice"),
@@ -42,6 +44,7 @@ CLAIMS = {
 DIFFERENCES = {
     name: ("lesion_free" if block == "presence" else block, figure) for name, (block, figure) in FIGURES.items()
 }
+FOUND = {f"{name}, found": DIFFERENCES[name] for name in ("mDice", "macro mDice", "detect", "macro detect")}
 VERDICTS = {
     "B better": "reproduced",
     "A better": "contradicted at this size",
@@ -119,11 +122,13 @@ def findings(folder: Path, start: Path | None) -> Iterator[str]:
         yield from less_start(started, arms)
     for claim, (a, b) in CLAIMS.items():
         if a in arms and b in arms:
-            compared, seeds = compare(matched(arms[a], arms[b])), (len(arms[a]), len(arms[b]))
+            pairs, seeds = matched(arms[a], arms[b]), (len(arms[a]), len(arms[b]))
             yield f"\n**{claim}** ({b} less {a}). {training_noise(*seeds)}\n\n| | difference | verdict |\n|---|---|---|"
-            for name, (block, figure) in DIFFERENCES.items():
-                if compared[block]:
-                    yield told(name, compared[block][figure], min(seeds))
+            found = [pair for pair in pairs if all(is_given(record) for record in (*pair.a, *pair.b))]
+            for figures, compared in ((DIFFERENCES, compare(pairs)), (FOUND, compare(found))):
+                for name, (block, figure) in figures.items():
+                    if compared[block]:
+                        yield told(name, compared[block][figure], min(seeds))
 
 
 if __name__ == "__main__":

@@ -104,6 +104,11 @@ def is_empty(record: Record) -> bool:
     return record.predicted_share == 0
 
 
+def is_given(record: Record) -> bool:
+    """Whether the answer says that there is a lesion and gives its mask, which is what sensitivity counts."""
+    return record.found and not is_empty(record)
+
+
 def is_called_absent(record: Record) -> bool:
     """Whether the answer says that there is no lesion; one that says otherwise may come with an empty mask too."""
     return record.valid and not record.found
@@ -205,7 +210,7 @@ def _size_quartile(records: Sequence[Record]) -> Callable[[Record], str]:
 def _presence(lesion: Sequence[Record], lesion_free: Sequence[Record], seed: int) -> dict[str, Any]:
     sources = sorted({record.source for record in lesion_free})
     return {
-        "sensitivity": figure(lesion, lambda record: record.found and not is_empty(record), seed) if lesion else None,
+        "sensitivity": figure(lesion, is_given, seed) if lesion else None,
         "specificity": figure(lesion_free, is_empty, seed) if lesion_free else None,
         "called_absent": figure(lesion_free, is_called_absent, seed) if lesion_free else None,
         "invalid_lesion_free": figure(lesion_free, SCORES["invalid"], seed) if lesion_free else None,
