@@ -7,9 +7,10 @@ began with. Beside an arm stands its own question-blind prompt, of the seeds tha
 what changed there has nothing to do with language. "Found" are the rows whose lesion all runs of both sides give a
 mask: what differs there is not how readily a lesion is called absent.
 
-Figures in %: the mean over seeds, their least and greatest in brackets. Differences: paired by question, intervals over
-seeds and cases (`coreseg compare`). A claim that an arm is better than another is *reproduced* where the interval lies
-on its side of 0, *contradicted at this size* where it lies on the other, else *not distinguishable*.
+Figures in %: the mean over seeds, their least and greatest in brackets; in brackets behind a name, how many seeds.
+Differences: paired by question, intervals over seeds and cases (`coreseg compare`). That the first of two arms is
+better is *reproduced* where the interval lies on its side of 0, *contradicted* at this size where it lies on the other,
+else not distinguishable; with one seed on a side there is no verdict on a training.
 """
 
 import argparse
@@ -35,21 +36,19 @@ FIGURES = {
     "attribute mDice": ("attributes", "dice"),
     "attribute gain": ("attributes", "gain"),
 }
-CLAIMS = {
-    "stage 2 beats going on with stage 1": ("sft", "grpo"),
-    "the rewards earn it, not the mask loss (without KL) alone": ("no-advantage", "grpo"),
-    "the mask loss is needed beside the rewards": ("no-mask-loss", "grpo"),
-    "rewards alone beat going on with stage 1": ("sft", "no-mask-loss"),
+NAMES = {
+    "sft": "stage 1 going on",
+    "grpo": "stage 2",
+    "no-advantage": "mask loss alone",
+    "no-mask-loss": "rewards alone",
 }
+CLAIMS = (("grpo", "sft"), ("grpo", "no-advantage"), ("grpo", "no-mask-loss"), ("no-mask-loss", "sft"))
+"""Of each pair the first is claimed to be better."""
 DIFFERENCES = {
     name: ("lesion_free" if block == "presence" else block, figure) for name, (block, figure) in FIGURES.items()
 }
 FOUND = {f"{name}, found": DIFFERENCES[name] for name in ("mDice", "macro mDice", "detect", "macro detect")}
-VERDICTS = {
-    "B better": "reproduced",
-    "A better": "contradicted at this size",
-    "not distinguishable": "not distinguishable",
-}
+VERDICTS = {"B better": "reproduced", "A better": "contradicted", "not distinguishable": ""}
 
 
 def evaluations(folder: Path) -> dict[str, list[Path]]:
@@ -72,7 +71,7 @@ def rows(name: str, runs: Sequence[Run]) -> Iterator[str]:
     yield row(name, runs)
     blind = [run.folder / "question-blind" for run in runs if has_records(run.folder / "question-blind")]
     if blind:
-        yield row(f"{name}, question-blind", read_side(name, blind))
+        yield row("its question-blind prompt", read_side(name, blind))
 
 
 def row(name: str, runs: Sequence[Run]) -> str:
@@ -87,48 +86,62 @@ def row(name: str, runs: Sequence[Run]) -> str:
     return f"| {name} ({len(runs)}) | " + " | ".join(cells) + " |"
 
 
-def span(figures: dict[str, Any]) -> str:
-    """A difference with its interval."""
-    return f"{figures['difference']:+.1f} [{figures['low']:+.1f}, {figures['high']:+.1f}]"
+def heading(cells: Sequence[str]) -> str:
+    """The first two lines of a table, its first column without a name."""
+    return f"| | {' | '.join(cells)} |\n|---{'|---' * len(cells)}|"
 
 
-def less_start(start: Sequence[Run], arms: dict[str, list[Run]]) -> Iterator[str]:
-    """Every arm less the model that it began with: one and the same for all, so only the arm's seeds are drawn."""
-    compared = {name: compare(matched(start, runs)) for name, runs in arms.items()}
-    heads = (f"{name} less start ({len(runs)})" for name, runs in arms.items())
-    yield "\n| | " + " | ".join(heads) + " |\n" + "|---" * (len(arms) + 1) + "|"
-    for name, (block, figure) in DIFFERENCES.items():
-        cells = (span(each[block][figure]) if each[block] else "-" for each in compared.values())
+def differences(a: Sequence[Run], b: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """B less A in every figure, over all rows and over those where every run found the lesion."""
+    pairs = matched(a, b)
+    found = [pair for pair in pairs if all(is_given(record) for record in (*pair.a, *pair.b))]
+    sides = ((DIFFERENCES, compare(pairs)), (FOUND, compare(found)))
+    return {
+        name: compared[block][figure]
+        for figures, compared in sides
+        for name, (block, figure) in figures.items()
+        if compared[block]
+    }
+
+
+def table(columns: Sequence[dict[str, dict[str, Any]]], verdicts: bool) -> Iterator[str]:
+    """The lines of a table of differences, a column each."""
+    for name in columns[0]:
+        cells = []
+        for column in columns:
+            figure = column[name]
+            verdict = VERDICTS[figure["verdict"]] if verdicts else ""
+            cells.append(f"{figure['difference']:+.1f} [{figure['low']:+.1f}, {figure['high']:+.1f}] {verdict}".strip())
         yield f"| {name} | " + " | ".join(cells) + " |"
-
-
-def told(name: str, figures: dict[str, Any], seeds: int) -> str:
-    """One difference in words. Of one seed a side no verdict on a training is to be had."""
-    verdict = VERDICTS[figures["verdict"]] if seeds > 1 else f"{figures['verdict']}, of these two checkpoints"
-    return f"| {name} | {span(figures)} | {verdict} |"
 
 
 def findings(folder: Path, start: Path | None) -> Iterator[str]:
     """The tables, line by line. Raises CoreSegError for evaluations that do not belong together."""
-    arms = {name: read_side(name, folders) for name, folders in evaluations(folder).items()}
+    there = evaluations(folder)
+    arms = {name: read_side(NAMES[name], there[name]) for name in NAMES if name in there}
     started = read_side("start", [start]) if start else []
     matched([*started, *(run for runs in arms.values() for run in runs)], [])  # none unfinished, all asked the same
-    yield "| arm (seeds) | " + " | ".join(FIGURES) + " |\n" + "|---" * (len(FIGURES) + 1) + "|"
+    yield heading(list(FIGURES))
     if started:
         yield from rows("start", started)
     for name, runs in arms.items():
-        yield from rows(name, runs)
+        yield from rows(NAMES[name], runs)
     if started:
-        yield from less_start(started, arms)
-    for claim, (a, b) in CLAIMS.items():
-        if a in arms and b in arms:
-            pairs, seeds = matched(arms[a], arms[b]), (len(arms[a]), len(arms[b]))
-            yield f"\n**{claim}** ({b} less {a}). {training_noise(*seeds)}\n\n| | difference | verdict |\n|---|---|---|"
-            found = [pair for pair in pairs if all(is_given(record) for record in (*pair.a, *pair.b))]
-            for figures, compared in ((DIFFERENCES, compare(pairs)), (FOUND, compare(found))):
-                for name, (block, figure) in figures.items():
-                    if compared[block]:
-                        yield told(name, compared[block][figure], min(seeds))
+        # One and the same model for all arms, so only an arm's own seeds are drawn.
+        yield "\n" + heading([f"{NAMES[name]} less start ({len(runs)})" for name, runs in arms.items()])
+        yield from table([differences(started, runs) for runs in arms.values()], verdicts=False)
+    pairs = [(better, worse) for better, worse in CLAIMS if {better, worse} <= arms.keys()]
+    if pairs:
+        counts = [(len(arms[worse]), len(arms[better])) for better, worse in pairs]
+        heads = [
+            f"{NAMES[b]} less {NAMES[a]} ({of_b}, {of_a})" for (b, a), (of_a, of_b) in zip(pairs, counts, strict=True)
+        ]
+        yield "\n" + heading(heads)
+        yield from table(
+            [differences(arms[worse], arms[better]) for better, worse in pairs], verdicts=min(map(min, counts)) > 1
+        )
+        for count in sorted(set(counts)):
+            yield "\n" + training_noise(*count)
 
 
 if __name__ == "__main__":
