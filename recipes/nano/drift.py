@@ -1,15 +1,15 @@
 """Do the answers of trained models look like the references, or has one learned to please its reward only?
 
-python recipes/nano/drift.py DATASET EVALUATION… --out PNG
+python recipes/nano/drift.py DATASET EVALUATION… --out PNG [--texts N]
 
 For the references and for each folder that `coreseg evaluate DATASET --out EVALUATION` wrote: length of the reasoning,
 number of boxes, size of the largest box and of the mask, as a table (median and middle four fifths; shares in %) and
 as histograms. Rows with the lesion, plain questions, answers that found something. RUN/evaluation is named as its run.
-Needs matplotlib.
+With --texts, also what each wrote about N evenly spaced rows with the lesion. Needs matplotlib.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import matplotlib
@@ -74,6 +74,16 @@ def described(name: str, texts: list[str], anatomies: list[str], values: Values,
     return f"| {name} | " + " | ".join([*cells, *(f"{100 * share:.1f}" for share in shares)]) + " |"
 
 
+def shown_texts(asked: Mapping[str, list[Record]], count: int) -> Iterator[str]:
+    """Lines of a table: of evenly spaced rows what each evaluation wrote, with the Dice of its mask."""
+    yield "| question | " + " | ".join(asked) + " |\n|---" + "|---" * len(asked) + "|"
+    columns = list(asked.values())
+    for place in range(count):
+        answers = [records[place * len(records) // count] for records in columns]
+        cells = (f"{reasoning_of(record)} ({100 * record.dice:.0f})" for record in answers)
+        yield f"| {answers[0].question} ({answers[0].source}) | " + " | ".join(cells) + " |"
+
+
 def draw(sides: Mapping[str, Values], out: Path) -> None:
     """One panel a value; sizes on a logarithmic axis."""
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.2))
@@ -100,10 +110,12 @@ if __name__ == "__main__":
     parser.add_argument("dataset", type=Path)
     parser.add_argument("evaluations", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--texts", type=int, default=0)
     options = parser.parse_args()
     lesions = LesionSet.open(options.dataset)
     rows: dict[tuple[str, str], Sample] = {(s.file_name, s.mask_file_name): s for s in lesions.samples}
     sides: dict[str, Values] = {}
+    answers: dict[str, list[Record]] = {}
     headings = ["", *PANELS.values(), *SHARES]
     print("| " + " | ".join(headings) + " |\n" + "|---" * len(headings) + "|")
 
@@ -129,5 +141,9 @@ if __name__ == "__main__":
             shape(text, record.boxes, record.predicted_share, area[record.file_name])
             for text, record in zip(texts, found, strict=True)
         ]
-        side(folder.parent.name if folder.name == "evaluation" else folder.name, texts, shapes, found, len(asked))
+        name = folder.parent.name if folder.name == "evaluation" else folder.name
+        side(name, texts, shapes, found, len(asked))
+        answers[name] = asked
+    if options.texts:
+        print("\n" + "\n".join(shown_texts(answers, options.texts)))
     draw(sides, options.out)
