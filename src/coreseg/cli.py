@@ -78,8 +78,8 @@ def segment(
     """Answer one question about one or more pictures.
 
     Prints the reasoning and the answer; writes NAME.mask.png, NAME.overlay.png and NAME.json, over those of an earlier
-    call with the same --out. Of a folder, pictures that this command wrote are left out. Pictures of more than 8 bits
-    are stretched to black and white, transparency shows black; either is said.
+    call with the same --out. Of a folder, pictures that this command wrote are left out. Values of more than 8 bits
+    are stretched to reach from black to white, transparency shows black; either is said.
 
     Example: coreseg segment examples/breast_ultrasound.jpg "Where is the breast tumor?"
     """
