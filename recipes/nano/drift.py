@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from coreseg.data.store import LesionSet
+from coreseg.data.store import LesionSet, evenly
 from coreseg.evaluate.compare import read_side
 from coreseg.evaluate.records import Record
 from coreseg.types import Box, Sample
@@ -77,9 +77,7 @@ def described(name: str, texts: list[str], anatomies: list[str], values: Values,
 def shown_texts(asked: Mapping[str, list[Record]], count: int) -> Iterator[str]:
     """Lines of a table: of evenly spaced rows what each evaluation wrote, with the Dice of its mask."""
     yield "| question | " + " | ".join(asked) + " |\n|---" + "|---" * len(asked) + "|"
-    columns = list(asked.values())
-    for place in range(count):
-        answers = [records[place * len(records) // count] for records in columns]
+    for answers in zip(*(evenly(records, count) for records in asked.values()), strict=True):
         cells = (f"{reasoning_of(record)} ({100 * record.dice:.0f})" for record in answers)
         yield f"| {answers[0].question} ({answers[0].source}) | " + " | ".join(cells) + " |"
 

@@ -180,12 +180,15 @@ def _pooled(records: Sequence[Record], seed: int) -> dict[str, Any]:
 
 
 def _macro(records: Sequence[Record], seed: int) -> dict[str, Any]:
+    sets = len({record.source for record in records})
+    return {"sets": sets, **{name: _macro_figure(records, score, seed) for name, score in SCORES.items()}}
+
+
+def _macro_figure(records: Sequence[Record], score: Score, seed: int) -> Figure:
+    """The mean over the sets' means of a score, with its interval."""
+    values = [float(score(record)) for record in records]
     sets, cases = [record.source for record in records], [record.drawn_with for record in records]
-    figures = {}
-    for name, score in SCORES.items():
-        values = [float(score(record)) for record in records]
-        figures[name] = _percent(macro_mean(values, sets), macro_bootstrap_interval(values, cases, sets, seed))
-    return {"sets": len(set(sets)), **figures}
+    return _percent(macro_mean(values, sets), macro_bootstrap_interval(values, cases, sets, seed))
 
 
 def _by(records: Sequence[Record], part: Callable[[Record], str], seed: int) -> dict[str, Any]:
@@ -224,13 +227,11 @@ def _presence(lesion: Sequence[Record], lesion_free: Sequence[Record], seed: int
 def _agreement(records: Sequence[Record], seed: int) -> dict[str, Any] | None:
     if not records:
         return None
-    scores = [record.signs["boxes"] if record.signs else 0.0 for record in records]
-    sets, cases = [record.source for record in records], [record.drawn_with for record in records]
-    return {
-        "n": len(records),
-        "pooled": _percent(float(np.mean(scores)), bootstrap_interval(scores, cases, seed)),
-        "macro": _percent(macro_mean(scores, sets), macro_bootstrap_interval(scores, cases, sets, seed)),
-    }
+
+    def agrees(record: Record) -> float:
+        return record.signs["boxes"] if record.signs else 0.0
+
+    return {"n": len(records), "pooled": figure(records, agrees, seed), "macro": _macro_figure(records, agrees, seed)}
 
 
 def _sureness(records: Sequence[Record], seed: int) -> dict[str, Any] | None:
