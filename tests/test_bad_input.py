@@ -297,7 +297,10 @@ WEIGHTS = Path(__file__).resolve().parent.parent / "src" / "coreseg" / "nano" / 
 def test_nano_takes_them_too(tmp_path: Path, name: str) -> None:
     file_name, make, size_wh = GOOD[name]
     make(tmp_path / file_name)
-    done = run("segment", tmp_path / file_name, QUESTION, "--out", tmp_path / "out")
+    done = run("segment", tmp_path / file_name, QUESTION, "--out", tmp_path / "out", "--json")
     assert (done.exit_code, done.stderr) == (0, "")
+    warnings = " ".join(json.loads(done.stdout)["warnings"])
+    assert "looks like none that this model was trained on" in warnings
+    assert ("stretched" in warnings, "transparent" in warnings) == (name == "16-bit", name == "alpha")
     with Image.open(tmp_path / "out" / "a.mask.png") as mask:
         assert mask.size == size_wh
