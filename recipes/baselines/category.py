@@ -1,6 +1,6 @@
 """A CORE-Seg's own segmenter with one learned prompt a category in place of reasoner and adapter: no language.
 
-    PYTHONPATH=recipes/nano python recipes/baselines/category.py DATASET… --out RUN [--cpu-minutes M] [--model MODEL]
+    PYTHONPATH=recipes/nano python recipes/baselines/category.py DATASET… --out RUN [--minutes M] [--model MODEL]
 
 The image encoder is frozen, as it is in the whole model; with --no-train-decoder the mask decoder is too.
 """

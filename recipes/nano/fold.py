@@ -1,11 +1,13 @@
 """A fold of a data set's training rows to choose settings on: the validation part is not looked at.
 
-python recipes/nano/fold.py DATASET --out DIR [--fold K] [--folds N]
+python recipes/nano/fold.py DATASET --out DIR [--fold K] [--folds N] [--at-least ROWS]
 
-Cases stay together; a row whose case is unknown stays with its image. The fold's rows become the new set's `val`.
+Cases stay together; a row whose case is unknown stays with its image. The fold's rows become the new set's `val`;
+sources of fewer training rows than --at-least have none there.
 """
 
 import argparse
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
@@ -19,12 +21,15 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--at-least", type=int, default=0, metavar="ROWS")
     options = parser.parse_args()
     lesions = LesionSet.open(options.dataset)
+    counts = Counter(sample.source for sample in lesions.split("train"))
 
     def moved(sample: Sample) -> Sample:
         group = crc32((sample.case or sample.file_name).encode()) % options.folds
-        return replace(sample, split="val" if group == options.fold else "train")
+        held_out = group == options.fold and counts[sample.source] >= options.at_least
+        return replace(sample, split="val" if held_out else "train")
 
     with new_set(options.out) as root:
         copy_rows(lesions, [moved(sample) for sample in lesions.split("train")], root)

@@ -26,8 +26,8 @@ class StageConfig:
     model: checkpoint folder (or "nano") to start from.      data: data-set folders; all are trained on together.
     out: run folder: checkpoints, logs, sample overlays, the resolved settings.
     steps: optimiser steps.                                   batch_size: rows a device and step.
-    cpu_minutes: end after so much processor time of this process, validation not counted, even if steps are left;
-    0 sets no such limit. For comparisons at equal cost on a machine whose speed changes.
+    cpu_minutes: end after so much processor time of this process, or on a GPU so much time, validation not counted,
+    even if steps are left; 0 sets no such limit. For comparisons at equal cost on a machine whose speed changes.
     accumulation: steps of gradients added up before one optimiser step.
     learning_rate: of LoRA, or of the whole language model where `lora_rank` is 0.
     head_learning_rate: of the adapter and the mask decoder.
@@ -131,16 +131,20 @@ class SftConfig(StageConfig):
 
     text_weight: of the text loss, as `mask_weight` of the mask loss.
     box_weight: how much a token of a box's numbers weighs in the text loss, beside 1 for every other token.
+    box_spread: in pixels of the reasoner's frame: a box's number may be nearly right, by a normal distribution of this
+    deviation; 0 counts the right one alone. For tokenizers of one token a number, such as nano's.
     fresh_adapter: start the adapter anew, centred on the states it will see; for one that no mask loss has trained.
     """
 
     text_weight: float = 1.0
     box_weight: float = 1.0
+    box_spread: float = 0.0
     fresh_adapter: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.text_weight < math.inf, "text_weight", self.text_weight, "0 or more")
+        require(0 <= self.box_spread < math.inf, "box_spread", self.box_spread, "0 or more")
         require(0 < self.box_weight < math.inf, "box_weight", self.box_weight, "a number above 0")
 
 

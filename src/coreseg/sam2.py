@@ -29,6 +29,11 @@ def encode_image(segmenter: SegmenterModel, pixel_values: Float[torch.Tensor, "b
     return list(segmenter.vision_encoder(pixel_values, return_dict=True).fpn_hidden_states)
 
 
+def texture(maps: FeatureMaps) -> Float[torch.Tensor, "batch textures"]:
+    """How much each channel of each map varies over the picture."""
+    return torch.cat([level.float().std((2, 3)) for level in maps], dim=1)
+
+
 def decode_masks(
     segmenter: SegmenterModel,
     maps: FeatureMaps,

@@ -18,8 +18,8 @@ from coreseg.model.assemble import DTYPES, EMBEDDED, confidence_of, load_parts, 
 from coreseg.model.confidence import Confidence, Signs
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import AnswerConstraint, CoreSegProcessor
-from coreseg.model.scope import Scope, texture
-from coreseg.sam2 import encode_image
+from coreseg.model.scope import Scope
+from coreseg.sam2 import encode_image, texture
 from coreseg.types import Result
 
 Source = str | Path | np.ndarray | Image.Image

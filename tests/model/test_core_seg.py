@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from coreseg.answer import parse
 from coreseg.errors import InputError
 from coreseg.model.assemble import freeze_all_but_heads
-from coreseg.model.core_seg import CoreSeg, Generation, TrainingOutput
+from coreseg.model.core_seg import CoreSeg, CoreSegConfig, Generation, TrainingOutput
 from coreseg.model.processor import IGNORED, Batch
 from coreseg.sam2 import box_prompts, decode_masks, encode_image
 from coreseg.segmenter import Segmenter
@@ -296,6 +297,28 @@ def test_probe_positions(qwen: Segmenter) -> None:
     positions = part.probe_positions(ids).nonzero()[:, 1].tolist()
     # From the opening's last token, which is what carries "the answer starts here", up to `<seg>`.
     assert positions == list(range(1 + len(opening), 5 + len(opening)))
+
+
+def test_a_word_bias_moves_greedy_writing_and_no_sampling(nano: Segmenter, tmp_path: Path) -> None:
+    pictures = [np.zeros((40, 60, 3), dtype=np.uint8)] * 2
+    batch = nano.processor(pictures, ["Where is the polyp?"] * 2)
+
+    def first_words(temperature: float) -> list[int]:
+        torch.manual_seed(0)
+        return [ids[0] for ids in generate(nano, batch, constrained=False, temperature=temperature).ids]
+
+    usual, sampled = first_words(0.0), first_words(1.0)
+    word = next(token for token in range(50, 60) if token not in usual + sampled)
+    plain = nano.model.config
+    nano.model.config = CoreSegConfig.from_dict({**plain.to_dict(), "word_bias": {str(word): 1e4}})
+    try:
+        nano.model.config.save_pretrained(tmp_path)
+        assert CoreSegConfig.from_pretrained(tmp_path).word_bias == {word: 1e4}
+        assert first_words(0.0) == [word, word]
+        assert first_words(1.0) == sampled
+    finally:
+        nano.model.config = plain
+    assert first_words(0.0) == usual
 
 
 def test_boxes_reach_the_decoder_only_where_the_configuration_says_so(nano: Segmenter) -> None:

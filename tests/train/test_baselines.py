@@ -23,6 +23,7 @@ from coreseg.testing import write_phantom_set
 from coreseg.train import baselines, loop
 from coreseg.train.baselines import Rows, build_unet, fit, fold_runner, load_rows, train_fold
 from coreseg.train.loop import Budget
+from coreseg.train.trainer import Clock
 from coreseg.types import Sample
 
 SETTINGS = FilterSettings(steps=4, size_px=32, network="plain", folds=2, pool_under=4)
@@ -172,7 +173,7 @@ def test_what_a_row_is_scored_by_has_not_seen_it(
     unlearnable: LesionSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that has learnt these pictures by heart outlines them well; only one that has not is as bad as chance."""
-    monkeypatch.setattr(baselines, "augment", lambda images, masks, generator: (images, masks))
+    monkeypatch.setattr(baselines, "augment", lambda images, masks, *how: (images, masks))
     monkeypatch.setattr(baselines, "build_unet", by_colour)
     settings = replace(SETTINGS, steps=100, folds=4)
     filter_set(unlearnable, tmp_path / "hard", settings, quiet, progress=False)
@@ -180,6 +181,34 @@ def test_what_a_row_is_scored_by_has_not_seen_it(
     everything = Fold("a", 0, train=unlearnable.samples, held_out=unlearnable.samples)
     by_heart = train_fold(unlearnable, settings, tmp_path, everything, progress=False)
     assert len(honest) == 8 and np.mean(by_heart) > 0.8 and np.mean(honest) < 0.5
+
+
+def test_pictures_a_step_and_the_strength_of_their_changes_are_those_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, float]] = []
+
+    def watched(images: torch.Tensor, masks: torch.Tensor, generator: torch.Generator, strength: float) -> Any:
+        seen.append((len(images), strength))
+        return images, masks
+
+    monkeypatch.setattr(baselines, "augment", watched)
+    model, groups = by_colour()
+    rows = Rows(torch.zeros(4, 3, 16, 16).byte(), torch.zeros(4, 1, 16, 16).bool(), torch.zeros(4).long())
+    fit(model, groups, rows, np.full(4, 0.25), Budget(steps=2), tmp_path, batch=3, strength=1.5, progress=False)
+    assert seen == [(3, 1.5)] * 2
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_clock_counts_work_and_on_a_gpu_the_time_that_passes(on_gpu: bool) -> None:
+    clock = Clock(on_gpu)
+    time.sleep(0.3)
+    assert (60 * clock.minutes > 0.25) == on_gpu
+    with clock.stopped():
+        time.sleep(0.3)
+    assert 60 * clock.minutes < 0.55
+    clock.minutes = 2.0
+    assert 2.0 <= clock.minutes < 2.01
 
 
 def contents(root: Path) -> dict[str, bytes]:

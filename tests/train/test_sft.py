@@ -22,7 +22,7 @@ from coreseg.nano.vision import NanoVisionModel
 from coreseg.segmenter import Segmenter
 from coreseg.train import trainer as stages
 from coreseg.train.collate import Draws, Examples
-from coreseg.train.sft import USUAL_TOKENS, Collator, SftTrainer, text_loss, train_sft
+from coreseg.train.sft import USUAL_TOKENS, Collator, NearNumbers, SftTrainer, text_loss, train_sft
 from coreseg.train.trainer import prepare, save_checkpoint
 from coreseg.types import Answer
 
@@ -152,6 +152,59 @@ def test_numbers_weigh_what_the_setting_says(nano: Path) -> None:
         by_hand.append(torch.stack(rows).mean())
     torch.testing.assert_close(torch.stack(losses), torch.stack(by_hand))
     assert losses[0] != losses[1]
+
+
+class Numbered:
+    """A tokenizer that writes numbers up to 40 as one token each, not in order, and larger ones as two."""
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        number = int(text)
+        return {"input_ids": [5 + (number * 7) % 41] if number <= 40 else [1, 2]}
+
+
+def test_a_bias_of_words_goes_where_weights_are_trained(nano: Path, tmp_path: Path) -> None:
+    model, _ = load_parts(nano)
+    model.config.word_bias = {3: 1.0}
+    prepare(model, settings(nano, tmp_path, tmp_path))
+    assert model.config.word_bias == {}
+
+
+def test_nearly_right_numbers_are_nearly_as_good() -> None:
+    near = NearNumbers.of(Numbered(), 40, spread=2.0)
+    right = Numbered()("20", False)["input_ids"]
+
+    def loss(number: int) -> float:
+        logits = torch.zeros(1, 60)
+        logits[0, Numbered()(str(number), False)["input_ids"]] = 9.0
+        return float(near.loss(logits, torch.tensor(right)))
+
+    assert loss(20) < loss(21) < loss(22) < loss(26) and loss(19) == pytest.approx(loss(21))
+    assert loss(39) == pytest.approx(loss(2), rel=0.02), "far off is far off"
+    sharp, logits = NearNumbers.of(Numbered(), 40, spread=0.01), torch.randn(3, 60)
+    targets = torch.tensor([right[0], 5, 12])
+    torch.testing.assert_close(
+        sharp.loss(logits, targets), torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    )
+    with pytest.raises(ConfigError, match="writes 41 in several tokens"):
+        NearNumbers.of(Numbered(), 64, spread=2.0)
+    with pytest.raises(ConfigError, match="writes 0 in several tokens"):
+        NearNumbers.of(lambda text, add_special_tokens: {"input_ids": [7, 9]}, 8, spread=2.0)
+
+
+def test_only_a_boxs_numbers_have_near_ones(nano: Path) -> None:
+    processor = CoreSegProcessor.from_pretrained(nano)
+    batch = processor(
+        [np.zeros((64, 64, 3), np.uint8)], ["Where?"], [Answer("cyst", ((1, 2, 9, 8),), "One of 10.", True)]
+    )
+    logits = torch.randn((*batch.labels.shape, 400), generator=torch.Generator().manual_seed(0))
+    numbers = batch.of_boxes[:, 1:]
+    known = torch.unique(batch.labels[batch.of_boxes])
+    plain, soft = text_loss(logits, batch), text_loss(logits, batch, near=NearNumbers(known, 1.0))
+    expected = NearNumbers(known, 1.0).loss(logits[:, :-1][numbers], batch.labels[:, 1:][numbers]).sum()
+    hard = torch.nn.functional.cross_entropy(logits[:, :-1][numbers], batch.labels[:, 1:][numbers], reduction="sum")
+    torch.testing.assert_close(soft - plain, (expected - hard) / USUAL_TOKENS)
+    unknown = NearNumbers(torch.tensor([398, 399]), 1.0)
+    torch.testing.assert_close(text_loss(logits, batch, near=unknown), plain)
 
 
 def weights_after(config: SftConfig) -> dict[str, torch.Tensor]:

@@ -140,6 +140,7 @@ def load_parts(name_or_path: str | Path, dtype: torch.dtype | None = None) -> tu
         if str(name_or_path) == EMBEDDED_SFT:
             model, processor = load_parts(EMBEDDED, dtype)
             model.load_state_dict(model.state_dict() | load_file(Path(place) / "model.safetensors"))
+            model.config.word_bias = {}  # nano's own
             return model, processor
         kind = AutoConfig.from_pretrained(place).model_type if isinstance(place, str) else _kind(place)
         if kind != CoreSegConfig.model_type:

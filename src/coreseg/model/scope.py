@@ -23,7 +23,6 @@ from transformers.utils.hub import cached_file
 
 from coreseg.errors import ModelError
 from coreseg.questions import names_of
-from coreseg.sam2 import FeatureMaps
 from coreseg.sentences import listed
 from coreseg.types import Answer, Sample
 
@@ -134,11 +133,6 @@ class Scope:
             raise ModelError(
                 f"{file}: damaged ({error}); copy it again, or write it anew: coreseg merge --scope"
             ) from error
-
-
-def texture(maps: FeatureMaps) -> Float[torch.Tensor, "batch textures"]:
-    """How much each channel of each map varies over the picture."""
-    return torch.cat([level.float().std((2, 3)) for level in maps], dim=1)
 
 
 def kinds_of(samples: Iterable[Sample]) -> list[Kind]:

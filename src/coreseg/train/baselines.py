@@ -10,7 +10,7 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,9 +98,14 @@ def load_rows(
     """Read rows into memory, 8 bit: 64 KB each at 128 px."""
     images = torch.empty(len(rows), 3, side_px, side_px, dtype=torch.uint8)
     masks = torch.empty(len(rows), 1, side_px, side_px, dtype=torch.bool)
-    for number, (lesions, sample) in enumerate(tqdm(rows, desc="reading", leave=False, disable=not progress)):
+
+    def read(number: int) -> None:
+        lesions, sample = rows[number]
         images[number] = (stretch_image(lesions.image(sample), side_px)[0] * 255).round().byte()
         masks[number, 0] = stretch_mask(lesions.mask(sample), side_px)
+
+    with ThreadPoolExecutor() as pool:
+        list(tqdm(pool.map(read, range(len(rows))), desc="reading", total=len(rows), leave=False, disable=not progress))
     return Rows(images, masks, torch.tensor([categories.index(sample.category) for _, sample in rows]))
 
 
@@ -113,17 +118,25 @@ def fit(
     out: Path,
     *,
     seed: int = 0,
+    batch: int = BATCH,
+    strength: float = 1.0,
     description: str = "training",
     progress: bool = True,
 ) -> tuple[TrainedBaseline, int]:
-    """`spend` the budget on rows drawn by `weights`, which sum to 1, eight a step."""
+    """`spend` the budget on rows drawn by `weights`, which sum to 1, `batch` a step, changed by `augment`.
+
+    In bfloat16 on a GPU.
+    """
+    device = model.mean.device
 
     def loss_of(model: nn.Module, step: int) -> torch.Tensor:
-        rng, generator = np.random.default_rng((seed, step)), torch.Generator().manual_seed(seed + step)
-        drawn = torch.from_numpy(rng.choice(len(rows.images), BATCH, p=weights))
-        images, masks = augment(rows.images[drawn].float() / 255, rows.masks[drawn].float(), generator)
-        device = cast(TrainedBaseline, model).mean.device
-        return dice_ce(model(images.to(device), rows.numbers[drawn].to(device)), masks[:, 0].to(device))
+        rng, generator = np.random.default_rng((seed, step)), torch.Generator(device).manual_seed(seed + step)
+        drawn = torch.from_numpy(rng.choice(len(rows.images), batch, p=weights))
+        images, masks = (part[drawn].to(device).float() for part in (rows.images, rows.masks))
+        images, masks = augment(images / 255, masks, generator, strength)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model(images, rows.numbers[drawn].to(device))
+        return dice_ce(logits, masks[:, 0])
 
     trained, steps = spend(budget, model, groups, loss_of, out, description=description, progress=progress)
     return cast(TrainedBaseline, trained), steps
@@ -151,6 +164,8 @@ def train_and_save(
     training: Mapping[str, Any],
     *,
     seed: int = 0,
+    batch: int = BATCH,
+    strength: float = 1.0,
     progress: bool = True,
 ) -> None:
     """`fit` on rows that are read first, and leave in `out` what `open_baseline` opens.
@@ -159,7 +174,17 @@ def train_and_save(
     """
     loaded = load_rows(rows, model.categories, model.size_px, progress)
     trained, steps = fit(
-        model, groups, loaded, weights, budget, out, seed=seed, description=model.name, progress=progress
+        model,
+        groups,
+        loaded,
+        weights,
+        budget,
+        out,
+        seed=seed,
+        batch=batch,
+        strength=strength,
+        description=model.name,
+        progress=progress,
     )
     trained.save(out, {"steps": steps, "rows": len(rows), **training})
 

@@ -1,7 +1,8 @@
 """A training loop for small models: a loss, a budget of steps or processor time, and the average of the weights.
 
 The learning rates rise, then fall by a cosine, along the share of the budget that is spent. Processor time is that of
-this process, user and system together, so that runs on a busy machine compare; reading the pictures is not charged.
+this process, user and system together, so that runs on a busy machine compare; on a GPU it is the time that passes.
+Reading the pictures is not charged.
 
 Our choice throughout.
 """
@@ -25,12 +26,13 @@ from coreseg.train.trainer import Clock
 
 EMA_DECAY = 0.995
 WARMUP_SHARE = 0.05
+SHOW_EVERY = 10
 SAVE_EVERY = 100
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a training lasts: so many steps or minutes of processor time, whichever ends first."""
+    """How long a training lasts: so many steps or minutes (see above), whichever ends first."""
 
     steps: int | float = math.inf
     minutes: int | float = math.inf
@@ -59,12 +61,14 @@ def spend(
     """
     out.mkdir(parents=True, exist_ok=True)
     peaks = [group["lr"] for group in groups]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.02)
+    device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.02, fused=on_gpu)
     averaged = AveragedModel(model, multi_avg_fn=_average)
     parts: dict[str, Any] = {"model": model, "average": averaged, "optimizer": optimizer}
-    step, clock, checkpoint = 0, Clock(), out / "resume.pt"
+    step, clock, checkpoint = 0, Clock(on_gpu), out / "resume.pt"
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=next(model.parameters()).device)
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
         step, clock.minutes = state["step"], state["cpu_minutes"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -82,7 +86,8 @@ def spend(
             averaged.update_parameters(model)
             step, minutes = step + 1, clock.minutes
             bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}", cpu_minutes=f"{minutes:.1f}")
+            if step % SHOW_EVERY == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}", minutes=f"{minutes:.1f}")
             if step % SAVE_EVERY == 0 or budget.spent(step, minutes) >= 1:
                 _require_number(loss.item(), step, description)
                 states = {name: part.state_dict() for name, part in parts.items()}

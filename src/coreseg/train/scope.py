@@ -9,8 +9,8 @@ from coreseg.data.store import LesionSet
 from coreseg.errors import DataError
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import CoreSegProcessor
-from coreseg.model.scope import Kind, Scope, kinds_of, texture
-from coreseg.sam2 import encode_image
+from coreseg.model.scope import Kind, Scope, kinds_of
+from coreseg.sam2 import encode_image, texture
 
 
 @torch.no_grad()

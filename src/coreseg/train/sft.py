@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import nn
 from torch.nn import functional
 
 from coreseg.config import SftConfig
-from coreseg.errors import DataError
+from coreseg.errors import ConfigError, DataError
 from coreseg.model.assemble import load_parts
 from coreseg.model.core_seg import CoreSeg, fresh_adapter
 from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
@@ -79,20 +79,61 @@ class Collator:
         return stretch_mask(example.mask, self.processor.config.segmenter_size_px).float()
 
 
+@dataclass(frozen=True)
+class NearNumbers:
+    """Targets for a box's numbers that are nearly right beside the right one, for tokenizers of one token a number.
+
+    A number is as good as its distance from the right one says, by a normal distribution of deviation `spread`. Source:
+    label smoothing over the neighbours of an ordinal class, Diaz and Marathe (CVPR 2019). Our choice: its use here.
+    """
+
+    tokens: Int[torch.Tensor, " numbers"]
+    spread: float
+
+    @classmethod
+    def of(cls, tokenizer: Any, numbers: int, spread: float) -> "NearNumbers":
+        """Raises ConfigError where a number up to `numbers` is not one token."""
+        found = [tokenizer(str(number), add_special_tokens=False)["input_ids"] for number in range(numbers + 1)]
+        first = next((number for number, ids in enumerate(found) if len(ids) != 1), None)
+        if first is not None:
+            raise ConfigError(
+                f"setting box_spread is {spread}; expected 0, since the tokenizer writes {first} in several tokens"
+            )
+        return cls(torch.tensor([ids[0] for ids in found]), spread)
+
+    def loss(
+        self, logits: Float[torch.Tensor, "tokens vocabulary"], targets: Int[torch.Tensor, " tokens"]
+    ) -> Float[torch.Tensor, " tokens"]:
+        """Cross-entropy of each number's distribution with that of the nearly right ones."""
+        known = self.tokens.to(targets.device)
+        right = (targets[:, None] == known).int().argmax(1)
+        distance = torch.arange(len(known), device=targets.device) - right[:, None]
+        wanted = (-(distance / self.spread).square() / 2).softmax(1)
+        return -(wanted * logits.log_softmax(1)[:, known]).sum(1)
+
+
 def text_loss(
-    logits: Float[torch.Tensor, "batch tokens vocabulary"], batch: Batch, box_weight: float = 1.0
+    logits: Float[torch.Tensor, "batch tokens vocabulary"],
+    batch: Batch,
+    box_weight: float = 1.0,
+    near: NearNumbers | None = None,
 ) -> Float[torch.Tensor, ""]:
     """Cross-entropy summed over a row's answer tokens, over `USUAL_TOKENS`, averaged over the rows.
 
-    A box's numbers weigh `box_weight`. Our choice: neither the batch's count of tokens divides, so that the gradient
-    does not depend on how a batch is cut into micro-batches or over processes; nor the row's own, by which every word
-    of a short answer would weigh more, and absent lesions, whose answers are the shortest, would be called too often.
+    A box's numbers weigh `box_weight`, and have the targets of `near` where it is given. Our choice: neither the
+    batch's count of tokens divides, so that the gradient does not depend on how a batch is cut into micro-batches or
+    over processes; nor the row's own, by which every word of a short answer would weigh more, and absent lesions, whose
+    answers are the shortest, would be called too often.
     """
     targets = batch.labels[:, 1:]
     each = functional.cross_entropy(
         logits[:, :-1].transpose(1, 2).float(), targets, ignore_index=IGNORED, reduction="none"
     )
-    weights = torch.where(batch.of_boxes[:, 1:], box_weight, 1.0)
+    numbers = batch.of_boxes[:, 1:]
+    if near is not None:
+        known = numbers & torch.isin(targets, near.tokens.to(targets.device))  # frames may grow from batch to batch
+        each = each.masked_scatter(known, near.loss(logits[:, :-1][known].float(), targets[known]))
+    weights = torch.where(numbers, box_weight, 1.0)
     return (each * weights).sum(1).mean() / USUAL_TOKENS
 
 
@@ -100,6 +141,7 @@ class SftTrainer(StageTrainer):
     """This stage's loss."""
 
     settings: SftConfig
+    _near_numbers: NearNumbers | None = None
 
     def compute_loss(
         self,
@@ -121,7 +163,7 @@ class SftTrainer(StageTrainer):
             segmenter_maps=maps,
             segmenter_boxes=batch.segmenter_boxes,
         )
-        text = text_loss(output.logits, batch, self.settings.box_weight)
+        text = text_loss(output.logits, batch, self.settings.box_weight, self.near_numbers(batch))
         loss = self.settings.text_weight * text
         self.note(text_loss=text)
         if wants_mask and output.with_mask.any():
@@ -130,6 +172,13 @@ class SftTrainer(StageTrainer):
             loss = loss + self.settings.mask_weight * mask * output.with_mask.float().mean()
             self.note(mask_loss=mask)
         return (loss, output) if return_outputs else loss
+
+    def near_numbers(self, batch: Batch) -> NearNumbers | None:
+        """The targets of numbers where `box_spread` asks for them; the first batch says how many numbers there are."""
+        if self.settings.box_spread and self._near_numbers is None:
+            largest = max(map(max, batch.frames_wh))
+            self._near_numbers = NearNumbers.of(self.processor.tokenizer, largest, self.settings.box_spread)
+        return self._near_numbers
 
     @torch.no_grad()
     def start_adapter(self) -> None:

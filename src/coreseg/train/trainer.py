@@ -68,7 +68,11 @@ def require_packages() -> None:
 
 
 def prepare(model: CoreSeg, config: StageConfig) -> None:
-    """Decide what trains: LoRA and the `<seg>` row (or the whole language model), the adapter, the mask decoder."""
+    """Decide what trains: LoRA and the `<seg>` row (or the whole language model), the adapter, the mask decoder.
+
+    A bias of words was measured on the weights as they were, and goes.
+    """
+    model.config.word_bias = {}
     freeze_all_but_heads(model)
     model.segmenter.mask_decoder.requires_grad_(config.train_decoder and config.mask_weight > 0)
     model.adapter.requires_grad_(config.mask_weight > 0)
@@ -134,19 +138,21 @@ class Kept:
 
 
 class Clock:
-    """Processor time of a run in minutes: that of this process and its threads, over all parts of a resumed run."""
+    """A run's time in minutes, over all parts of a resumed run: processor time of this process and its threads, or, on
+    a GPU, the time that passes."""
 
-    def __init__(self) -> None:
-        self._before_s = -time.process_time()
+    def __init__(self, on_gpu: bool = False) -> None:
+        self._now = time.perf_counter if on_gpu else time.process_time
+        self._before_s = -self._now()
 
     @property
     def minutes(self) -> float:
         """Spent so far."""
-        return (self._before_s + time.process_time()) / 60
+        return (self._before_s + self._now()) / 60
 
     @minutes.setter
     def minutes(self, spent: float) -> None:
-        self._before_s = 60 * spent - time.process_time()
+        self._before_s = 60 * spent - self._now()
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
@@ -168,7 +174,7 @@ class StageTrainer(Trainer):
         # The loss is a mean over its own rows, so that Trainer has to divide by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.kept_looks, self.kept_maps = Kept(), Kept()
-        self.clock = Clock()
+        self.clock = Clock(on_gpu=self.args.device.type == "cuda")
         self._noted: dict[str, list[float]] = defaultdict(list)
         self.add_callback(Watch(self, validation))
 
