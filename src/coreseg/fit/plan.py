@@ -42,7 +42,8 @@ class FitConfig:
     out: folder of the fit.                              data: the data set, used as it is, or
     import_: a table [import] with the options of `coreseg data import`, see `ImportSettings`: start from raw pictures.
     model: what is fine-tuned: "nano", a checkpoint or run folder, or a hub name.
-    minutes: for all of it, in processor time where something trains.               seed: of import and trainings.
+    minutes: for all of it; trainings are counted in processor time, on a GPU in the time that passes.
+    seed: of import and trainings.
     unet: whether a U-Net is trained for comparison.
     device: "cpu" or "cuda"; by default the GPU where there is one.
     """
