@@ -358,7 +358,7 @@ def fit(
     licence: LicenceOption = None,
     val_share: Annotated[float | None, typer.Option(help="Share of patients held back; default 0.15.")] = None,
     model: ModelOption = "nano",
-    minutes: Annotated[float, typer.Option(help="For all of it; without a GPU trainings count in processor time.")] = 60.0,
+    minutes: Annotated[float, typer.Option(help="For all of it; on a CPU training counts in processor time.")] = 60.0,
     seed: Annotated[int, typer.Option(help="Of split, wording and trainings.")] = 0,
     unet: Annotated[bool, typer.Option("--unet/--no-unet", help="Train a U-Net as long, to compare with.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Import, check, print the plan, and stop.")] = False,
