@@ -20,7 +20,7 @@ from coreseg.data.store import LesionSet, write_set
 from coreseg.errors import MissingExtraError, TrainingError
 from coreseg.evaluate.trained import TrainedBaseline, UNetBaseline
 from coreseg.testing import write_phantom_set
-from coreseg.train import baselines, loop
+from coreseg.train import baselines, loop, trainer
 from coreseg.train.baselines import Rows, build_unet, fit, fold_runner, load_rows, train_fold
 from coreseg.train.loop import Budget
 from coreseg.train.trainer import Clock
@@ -200,15 +200,23 @@ def test_pictures_a_step_and_the_strength_of_their_changes_are_those_asked_for(
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_a_clock_counts_work_and_on_a_gpu_the_time_that_passes(on_gpu: bool) -> None:
-    clock = Clock(on_gpu)
-    time.sleep(0.3)
-    assert (60 * clock.minutes > 0.25) == on_gpu
+def test_a_clock_counts_work_and_on_a_gpu_the_time_that_passes(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    work_s, passed_s = [7.0], [1000.0]
+    monkeypatch.setattr(trainer.time, "process_time", lambda: work_s[0])
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: passed_s[0])
+
+    def goes_on(work: float, passed: float) -> None:
+        work_s[0], passed_s[0] = work_s[0] + work, passed_s[0] + passed
+
+    clock, expected = Clock(on_gpu), 3.0 if on_gpu else 0.5
+    goes_on(30.0, 180.0)
+    assert clock.minutes == expected
     with clock.stopped():
-        time.sleep(0.3)
-    assert 60 * clock.minutes < 0.55
+        goes_on(60.0, 60.0)
+    assert clock.minutes == expected
     clock.minutes = 2.0
-    assert 2.0 <= clock.minutes < 2.01
+    goes_on(30.0, 180.0)
+    assert clock.minutes == 2.0 + expected
 
 
 def contents(root: Path) -> dict[str, bytes]:

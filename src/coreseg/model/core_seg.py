@@ -295,10 +295,10 @@ class CoreSeg(PreTrainedModel):
         length limit, has no mask.
         """
         sampling: dict[str, Any] = {"do_sample": False}
-        if self.config.word_bias:
-            sampling["sequence_bias"] = {(token,): bias for token, bias in self.config.word_bias.items()}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        elif self.config.word_bias:
+            sampling["sequence_bias"] = {(token,): bias for token, bias in self.config.word_bias.items()}
         likeliest = _Likeliest()
         with _last_hidden_states(self.reasoner) as seen:
             sequences = self.reasoner.generate(

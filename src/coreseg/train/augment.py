@@ -33,7 +33,7 @@ def augment(
     upside down and tinted too. The same generator state gives the same result.
     """
     batch, device = images.shape[0], images.device
-    beyond = min(1.0, strength - 1) if strength > 1 else 0.0
+    beyond = min(max(strength - 1, 0.0), 1.0)
 
     def uniform(low: float, high: float, *more: int) -> torch.Tensor:
         return (low + (high - low) * torch.rand(batch, *more, generator=generator, device=generator.device)).to(device)
@@ -46,8 +46,8 @@ def augment(
     flip = torch.where(uniform(0.0, 1.0) < 0.5, -1.0, 1.0)
     shift_x, shift_y = (strength * uniform(-MAX_SHIFT_SHARE, MAX_SHIFT_SHARE) for _ in "xy")
     gain, gamma = between(*GAIN_RANGE), between(*GAMMA_RANGE)
-    tumble = torch.where(uniform(0.0, 1.0) < 0.5 * beyond, -1.0, 1.0) if beyond else torch.ones_like(flip)
-    tint = 1 + beyond * uniform(-MAX_TINT, MAX_TINT, 3) if beyond else torch.ones(batch, 3, device=device)
+    tumble = torch.where(uniform(0.0, 1.0) < 0.5 * beyond, -1.0, 1.0)
+    tint = 1 + beyond * uniform(-MAX_TINT, MAX_TINT, 3)
 
     rows = [
         torch.stack([zoom * flip * angle.cos(), -zoom * tumble * angle.sin(), 2 * shift_x], dim=1),
