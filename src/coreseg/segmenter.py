@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ from coreseg.model.confidence import Confidence, Signs
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import AnswerConstraint, CoreSegProcessor
 from coreseg.model.scope import Scope
+from coreseg.model.second_look import boxes_within, two_looks
 from coreseg.sam2 import encode_image, texture
-from coreseg.types import Result
+from coreseg.types import Answer, Box, Result
 
 Source = str | Path | np.ndarray | Image.Image
 
@@ -127,14 +129,22 @@ class Segmenter:
             constraint=constraint,
             read_boxes=partial(self.processor.read_boxes, frames_wh=batch.frames_wh),
         )
-        seconds = (time.perf_counter() - started) / len(pictures)
-        outputs = map(_Output, generated.ids, generated.mask_logits, generated.log_probabilities, texture(maps).cpu())
-        return [
-            self._result(picture, changes, question, output, frame, seconds)
+        outputs = map(
+            _Output,
+            generated.ids,
+            generated.mask_logits,
+            generated.states,
+            generated.log_probabilities,
+            texture(maps).cpu(),
+        )
+        results = [
+            self._result(picture, changes, question, output, frame)
             for (picture, changes), question, output, frame in zip(
                 read, questions, outputs, batch.frames_wh, strict=True
             )
         ]
+        seconds = (time.perf_counter() - started) / len(pictures)
+        return [replace(result, seconds=seconds) for result in results]
 
     def _result(
         self,
@@ -143,17 +153,16 @@ class Segmenter:
         question: str,
         output: "_Output",
         frame_wh: tuple[int, int],
-        seconds: float,
     ) -> Result:
-        """One row's ids and mask logits, brought back to the picture's own pixels."""
+        """One row's ids and mask logits, brought back to the picture's own pixels; the time is not known yet."""
         height, width = picture.shape[:2]
         text = self.processor.decode(output.ids)
         answer = self.processor.read(text, frame_wh, (width, height))
         found = answer is not None and answer.found
-        logits = output.mask_logits if found else None
-        mask = np.zeros((height, width), dtype=bool)
-        if logits is not None:
-            mask = self.processor.mask_from_logits(logits, (height, width))
+        logits, mask = None, np.zeros((height, width), dtype=bool)
+        if answer and found and output.mask_logits is not None:
+            logits = self._looked(picture, answer, output)
+            mask = (logits > 0).cpu().numpy()
         boxes = np.array(answer.boxes if answer else (), dtype=np.int64).reshape(-1, 4)
         signs = asdict(Signs.read(mask, boxes, logits, output.log_probability))
         confidence = None
@@ -167,12 +176,26 @@ class Segmenter:
             text=text,
             found=found,
             valid=answer is not None,
-            seconds=seconds,
+            seconds=0.0,
             image=picture,
             warnings=(*changes, *(self.scope.warnings(output.texture, question, answer) if self.scope else ())),
             confidence=confidence,
             signs=signs,
         )
+
+    def _looked(self, picture: np.ndarray, answer: Answer, output: "_Output") -> Float[torch.Tensor, "height width"]:
+        """Mask logits at the picture's own size, after a second look where the model takes one."""
+        model, states = self.model, cast(torch.Tensor, output.states)[None]
+
+        @torch.no_grad()
+        def ask(part: np.ndarray, window: Box) -> Float[torch.Tensor, "map_height map_width"]:
+            pixels = self.processor.segmenter_pixels(part).to(model.device, model.dtype)
+            boxes = self.processor.segmenter_boxes(boxes_within(answer.boxes, window), part.shape[1::-1])
+            present = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+            maps = encode_image(model.segmenter, pixels)
+            return model.decode(states, present, maps, [boxes.to(model.device)])[0]
+
+        return two_looks(self.processor, picture, cast(torch.Tensor, output.mask_logits), ask)
 
 
 @dataclass(frozen=True)
@@ -181,5 +204,6 @@ class _Output:
 
     ids: list[int]
     mask_logits: Float[torch.Tensor, "map_height map_width"] | None
+    states: Float[torch.Tensor, "probes reasoner"] | None
     log_probability: float
     texture: Float[torch.Tensor, " textures"]

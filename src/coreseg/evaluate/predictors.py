@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,9 +14,11 @@ from coreseg.answer import answer_sentence, render
 from coreseg.evaluate.run import Images
 from coreseg.masks import box_tuples, mask_to_boxes
 from coreseg.model.assemble import find_checkpoint
-from coreseg.model.processor import CoreSegProcessor
+from coreseg.model.core_seg import Boxes
+from coreseg.model.processor import CoreSegProcessor, Picture
+from coreseg.model.second_look import boxes_within, two_looks
 from coreseg.segmenter import Segmenter
-from coreseg.types import Answer, Result, Sample
+from coreseg.types import Answer, Box, Result, Sample
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,24 @@ class SegmenterAlone:
     def predict(self, samples: Sequence[Sample], images: Images, questions: Sequence[str]) -> Sequence[Result]:
         """See `coreseg.evaluate.Predictor`; the questions are not read, the samples give the category for the text."""
         started = time.perf_counter()
-        model = self.segmenter.model
-        pixels = torch.cat([self.segmenter.processor.segmenter_pixels(image) for image in images])
-        logits = self.mask_logits(pixels.to(model.device, model.dtype), samples, images)
+        logits = [self._looked(image, sample.boxes) for sample, image in zip(samples, images, strict=True)]
         return answers_from_masks(samples, images, logits, started)
 
+    def _looked(self, image: Picture, reference: Sequence[Box]) -> Float[torch.Tensor, "height width"]:
+        """Mask logits at the picture's own size, after as many looks as the whole model takes."""
+        model, processor = self.segmenter.model, self.segmenter.processor
+
+        def ask(part: Picture, window: Box) -> Float[torch.Tensor, "map_height map_width"]:
+            boxes = processor.segmenter_boxes(boxes_within(reference, window), part.shape[1::-1])
+            pixels = processor.segmenter_pixels(part).to(model.device, model.dtype)
+            return self.mask_logits(pixels, [boxes])[0]
+
+        return two_looks(processor, image, ask(image, (0, 0, image.shape[1], image.shape[0])), ask)
+
     def mask_logits(
-        self, pixels: Float[torch.Tensor, "batch 3 side side"], samples: Sequence[Sample], images: Images
+        self, pixels: Float[torch.Tensor, "batch 3 side side"], boxes: Boxes
     ) -> Float[torch.Tensor, "batch height width"]:
-        """One mask for each of the pictures, which `pixels` shows as the segmenter wants them."""
+        """One mask for each picture; `boxes` are the reference's."""
         raise NotImplementedError
 
 
@@ -71,9 +82,9 @@ class QuestionBlind(SegmenterAlone):
     name = "question-blind"
 
     def mask_logits(
-        self, pixels: Float[torch.Tensor, "batch 3 side side"], samples: Sequence[Sample], images: Images
+        self, pixels: Float[torch.Tensor, "batch 3 side side"], boxes: Boxes
     ) -> Float[torch.Tensor, "batch height width"]:
-        """Nothing of the samples is used."""
+        """The boxes are not used."""
         return self.segmenter.model.question_blind(pixels)
 
 
@@ -88,18 +99,14 @@ class OracleBox(SegmenterAlone):
     name = "oracle box"
 
     def mask_logits(
-        self, pixels: Float[torch.Tensor, "batch 3 side side"], samples: Sequence[Sample], images: Images
+        self, pixels: Float[torch.Tensor, "batch 3 side side"], boxes: Boxes
     ) -> Float[torch.Tensor, "batch height width"]:
-        """The samples' boxes prompt."""
-        boxes = [
-            self.segmenter.processor.segmenter_boxes(sample.boxes, (image.shape[1], image.shape[0]))
-            for sample, image in zip(samples, images, strict=True)
-        ]
+        """They prompt."""
         return self.segmenter.model.in_boxes(pixels, boxes)
 
 
 def answers_from_masks(
-    samples: Sequence[Sample], images: Images, logits: Float[torch.Tensor, "batch _ _"], started: float
+    samples: Sequence[Sample], images: Images, logits: Iterable[Float[torch.Tensor, "_ _"]], started: float
 ) -> list[Result]:
     """What a baseline without words answers: boxes and text follow from the mask, the category is the asked one.
 

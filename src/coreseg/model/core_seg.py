@@ -44,6 +44,7 @@ class CoreSegConfig(PreTrainedConfig):
     probe: "seg" takes the state at `<seg>` alone, "answer" the states of every token of the answer block up to it.
     adapter_tokens, adapter_queries, adapter_blocks, adapter_heads: see `SemanticPromptAdapter`.
     box_prompts: whether the boxes written in the text prompt the mask decoder too (an ablation; off in CORE-Seg).
+    second_look: whether answers look again, enlarged, at what they found (`second_look.py`; off in CORE-Seg).
     segmenter_mean, segmenter_std: how the segmenter's pixels, in [0, 1], are normalised.
     reasoning_budget: how many tokens of reasoning the grammar leaves free.
     word_bias: by token, what is added to its logit in greedy writing, so that a word which decides something, such as
@@ -65,6 +66,7 @@ class CoreSegConfig(PreTrainedConfig):
         adapter_blocks: int = 2,
         adapter_heads: int = 4,
         box_prompts: bool = False,
+        second_look: bool = False,
         segmenter_mean: tuple[float, ...] | list[float] = (0.485, 0.456, 0.406),
         segmenter_std: tuple[float, ...] | list[float] = (0.229, 0.224, 0.225),
         reasoning_budget: int = 160,
@@ -83,6 +85,7 @@ class CoreSegConfig(PreTrainedConfig):
         self.adapter_blocks = adapter_blocks
         self.adapter_heads = adapter_heads
         self.box_prompts = box_prompts
+        self.second_look = second_look
         self.segmenter_mean = list(segmenter_mean)
         self.segmenter_std = list(segmenter_std)
         self.reasoning_budget = reasoning_budget
@@ -121,12 +124,13 @@ class TrainingOutput:
 class Generation:
     """What generation gives, row by row: the completion's ids (cut at the end of text), and mask logits or None.
 
-    `log_probabilities` are the likeliest token's, which is the one written where nothing is sampled: their mean over a
-    row's tokens and the end of text.
+    `states` are what `decode` made the mask from. `log_probabilities` are the likeliest token's, which is the one
+    written where nothing is sampled: their mean over a row's tokens and the end of text.
     """
 
     ids: list[list[int]]
     mask_logits: list[Float[torch.Tensor, "height width"] | None]
+    states: list[Float[torch.Tensor, "_ reasoner"] | None]
     log_probabilities: list[float]
 
 
@@ -322,6 +326,7 @@ class CoreSeg(PreTrainedModel):
         chosen = self.probe_positions(written.masked_fill(ended, pad_token_id))
         with_mask = chosen.any(dim=1)
         mask_logits: list[Float[torch.Tensor, "height width"] | None] = [None] * len(input_ids)
+        row_states: list[Float[torch.Tensor, "_ reasoner"] | None] = [None] * len(input_ids)
         rows = [ids[: ids.index(eos_token_id)] if eos_token_id in ids else ids for ids in completion.tolist()]
         if with_mask.any() and (segmenter_pixels is not None or segmenter_maps is not None):
             kept = torch.stack([step[:, -1] for step in seen[1:]], dim=1)
@@ -337,8 +342,8 @@ class CoreSeg(PreTrainedModel):
                 boxes = [written_boxes[row] for row in numbers]
             decoded = self.decode(states[with_mask], present[with_mask], maps, boxes)
             for row, logits in zip(numbers, decoded, strict=True):
-                mask_logits[row] = logits
-        return Generation(rows, mask_logits, likeliest.means([len(row) + 1 for row in rows]))
+                mask_logits[row], row_states[row] = logits, states[row, present[row]]
+        return Generation(rows, mask_logits, row_states, likeliest.means([len(row) + 1 for row in rows]))
 
 
 class _Likeliest(LogitsProcessor):

@@ -202,12 +202,18 @@ class CoreSegProcessor:
         return (stretch_image(image, self.config.segmenter_size_px) - mean) / std
 
     @staticmethod
-    def mask_from_logits(
+    def in_pixels(
         logits: Float[torch.Tensor, "map_height map_width"], size_hw: tuple[int, int]
+    ) -> Float[torch.Tensor, "height width"]:
+        """Mask logits stretched back to the image's own pixels."""
+        return functional.interpolate(logits[None, None].float(), size_hw, mode="bilinear", align_corners=False)[0, 0]
+
+    @classmethod
+    def mask_from_logits(
+        cls, logits: Float[torch.Tensor, "map_height map_width"], size_hw: tuple[int, int]
     ) -> Bool[np.ndarray, "height width"]:
         """The mask in the image's own pixels: logits stretched back, then the threshold."""
-        resized = functional.interpolate(logits[None, None].float(), size_hw, mode="bilinear", align_corners=False)
-        mask: Bool[np.ndarray, "height width"] = (resized[0, 0] > 0).cpu().numpy()
+        mask: Bool[np.ndarray, "height width"] = (cls.in_pixels(logits, size_hw) > 0).cpu().numpy()
         return mask
 
     def opening(self, reasoning: str) -> list[int]:
