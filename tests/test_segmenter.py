@@ -166,7 +166,7 @@ def test_signs_and_the_confidence_told_from_them(segmenter: Segmenter, picture: 
     assert found.confidence is None, "this model never learned how sure it may be"
     assert found.signs == {
         "found": 1.0,
-        "sharp": pytest.approx(1.0, abs=0.05),
+        "sharp": pytest.approx(1.0, abs=1e-3),
         "boxes": 1.0,
         "size": pytest.approx(0.94, abs=0.01),
         "words": -0.25,

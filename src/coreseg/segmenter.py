@@ -159,10 +159,10 @@ class Segmenter:
         text = self.processor.decode(output.ids)
         answer = self.processor.read(text, frame_wh, (width, height))
         found = answer is not None and answer.found
-        logits, mask = None, np.zeros((height, width), dtype=bool)
-        if answer and found and output.mask_logits is not None:
-            logits = self._looked(picture, answer, output)
-            mask = (logits > 0).cpu().numpy()
+        logits = output.mask_logits if found else None
+        mask = np.zeros((height, width), dtype=bool)
+        if answer and logits is not None:
+            mask = (self._looked(picture, answer, output) > 0).cpu().numpy()
         boxes = np.array(answer.boxes if answer else (), dtype=np.int64).reshape(-1, 4)
         signs = asdict(Signs.read(mask, boxes, logits, output.log_probability))
         confidence = None

@@ -60,13 +60,13 @@ def test_the_question_blind_baseline(tiny_core_seg: Path, lesion_set: LesionSet)
     """Its mask is the "any lesion" prompt's, whatever the question; boxes and text follow from it."""
     samples = lesion_set.split("val")[:2]
     segmenter = Segmenter.from_pretrained(tiny_core_seg, "cpu")
-    right = torch.cat([torch.full((1, 8, 4), -9.0), torch.full((1, 8, 4), 9.0)], dim=2)
-    masks = iter([right, torch.full((1, 8, 8), -9.0)])
-    segmenter.model.question_blind = lambda pixels: next(masks)  # type: ignore[method-assign]
+    half = torch.cat([torch.full((8, 4), -9.0), torch.full((8, 4), 9.0)], dim=1)
+    masks = torch.stack([half, -9 * torch.ones(8, 8)])
+    segmenter.model.question_blind = lambda pixels: masks  # type: ignore[method-assign]
     predictor = QuestionBlind(segmenter, {"weights": "aa"})
     assert isinstance(predictor, Predictor)
     assert (predictor.name, predictor.settings) == ("question-blind", {"weights": "aa"})
-    images = [lesion_set.image(row) for row in samples]
+    images = [np.zeros((30, 40, 3), np.uint8)] * 2
     found, empty = predictor.predict(samples, images, ["a", "b"])
     assert found.mask[:, 21:].all() and not found.mask[:, :19].any()
     assert (found.found, empty.found, empty.mask.any()) == (True, False, False)
@@ -92,8 +92,8 @@ def test_the_oracle_is_prompted_by_the_boxes_of_the_asked_row(tiny_core_seg: Pat
     rows = [lesion_set.split("val")[number] for number in (2, 4)]
     two, none = predictor.predict(rows, [lesion_set.image(row) for row in rows], ["The largest cyst?", "A polyp?"])
     across, down = 64 / 40, 64 / 30
-    [(shape, [asked]), (_, [empty])] = prompted
-    assert shape == (1, 3, 64, 64) and empty == []
+    [(shape, [asked, empty])] = prompted
+    assert shape == (2, 3, 64, 64) and empty == []
     expected = [[2 * across, 2 * down, 12 * across, 12 * down], [30 * across, 20 * down, 35 * across, 25 * down]]
     assert np.allclose(asked, expected)
     assert two.found and two.mask.all() and not none.found and not none.mask.any()

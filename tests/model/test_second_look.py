@@ -6,7 +6,6 @@ import torch
 from torch.nn import functional
 
 from coreseg.evaluate.predictors import QuestionBlind
-from coreseg.masks import tight_box
 from coreseg.model.second_look import LARGEST, MARGIN, boxes_within, two_looks, window_around
 from coreseg.sam2 import encode_image
 from coreseg.segmenter import Segmenter
@@ -62,7 +61,7 @@ def test_the_looks_are_averaged_inside_the_window(nano: Segmenter, monkeypatch: 
     expected = plain.clone()
     expected[y1:y2, x1:x2] = (plain[y1:y2, x1:x2] - 5) / 2
     torch.testing.assert_close(both, expected)
-    assert tight_box((plain > 0).numpy()) is not None and not (both > 0).any()
+    assert (plain > 0).any() and not (both > 0).any()
 
 
 def test_an_answer_asks_the_same_of_the_part(nano: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,13 +82,8 @@ def test_an_answer_asks_the_same_of_the_part(nano: Segmenter, monkeypatch: pytes
         seen["again"] = (states, present, maps)
         return decode(states, present, maps, boxes)
 
-    for seed in range(50):  # weights are random, so what they find is luck
-        torch.manual_seed(seed)
-        monkeypatch.setattr(nano.model, "generate", generating)
-        monkeypatch.setattr(nano.processor.config, "second_look", False)
-        plain = nano.segment_batch([picture], [question], reasoning=[reasoning])[0]
-        if plain.found:
-            break
+    monkeypatch.setattr(nano.model, "generate", generating)
+    plain = nano.segment_batch([picture], [question], reasoning=[reasoning])[0]
     assert plain.found and plain.mask.any()
     monkeypatch.setattr(nano.processor.config, "second_look", True)
     monkeypatch.setattr(nano.model, "decode", decoding)

@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,19 +55,25 @@ class SegmenterAlone:
     def predict(self, samples: Sequence[Sample], images: Images, questions: Sequence[str]) -> Sequence[Result]:
         """See `coreseg.evaluate.Predictor`; the questions are not read, the samples give the category for the text."""
         started = time.perf_counter()
-        logits = [self._looked(image, sample.boxes) for sample, image in zip(samples, images, strict=True)]
+        first = self._look(images, [sample.boxes for sample in samples])
+        logits = [
+            two_looks(self.segmenter.processor, image, row, partial(self._look_again, sample.boxes))
+            for sample, image, row in zip(samples, images, first, strict=True)
+        ]
         return answers_from_masks(samples, images, logits, started)
 
-    def _looked(self, image: Picture, reference: Sequence[Box]) -> Float[torch.Tensor, "height width"]:
-        """Mask logits at the picture's own size, after as many looks as the whole model takes."""
+    def _look(self, images: Images, reference: Sequence[Sequence[Box]]) -> Float[torch.Tensor, "batch height width"]:
         model, processor = self.segmenter.model, self.segmenter.processor
+        pixels = torch.cat([processor.segmenter_pixels(image) for image in images])
+        boxes = [
+            processor.segmenter_boxes(row, image.shape[1::-1]) for row, image in zip(reference, images, strict=True)
+        ]
+        return self.mask_logits(pixels.to(model.device, model.dtype), boxes)
 
-        def ask(part: Picture, window: Box) -> Float[torch.Tensor, "map_height map_width"]:
-            boxes = processor.segmenter_boxes(boxes_within(reference, window), part.shape[1::-1])
-            pixels = processor.segmenter_pixels(part).to(model.device, model.dtype)
-            return self.mask_logits(pixels, [boxes])[0]
-
-        return two_looks(processor, image, ask(image, (0, 0, image.shape[1], image.shape[0])), ask)
+    def _look_again(
+        self, reference: Sequence[Box], part: Picture, window: Box
+    ) -> Float[torch.Tensor, "map_height map_width"]:
+        return self._look([part], [boxes_within(reference, window)])[0]
 
     def mask_logits(
         self, pixels: Float[torch.Tensor, "batch 3 side side"], boxes: Boxes

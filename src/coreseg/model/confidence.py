@@ -55,10 +55,10 @@ class Signs:
         cls,
         mask: Bool[np.ndarray, "height width"],
         boxes: Boxes,
-        logits: Float[torch.Tensor, "height width"] | None,
+        logits: Float[torch.Tensor, "map_height map_width"] | None,
         words: float,
     ) -> "Signs":
-        """The signs of one answer: mask, boxes and mask logits in the picture's own pixels."""
+        """The signs of one answer: mask and boxes in the picture's own pixels, logits as they are decoded."""
         if logits is None or not mask.any():
             return cls(found=0.0, sharp=0.0, boxes=0.0, size=0.0, words=words)
         probabilities, inside = logits.float().sigmoid(), logits > 0
