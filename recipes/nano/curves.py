@@ -19,7 +19,7 @@ from matplotlib import pyplot
 
 Curve = tuple[list[float], list[float]]
 PANELS = {
-    "dice": "mean Dice, held-out fold",
+    "dice": "mean Dice, validation rows",
     "mask_spread": "groups whose mask rewards spread by > 0.05",
     "zero_variance": "groups whose rewards are all alike",
     "valid": "valid answers",
