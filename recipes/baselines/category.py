@@ -8,7 +8,8 @@ The image encoder is frozen, as it is in the whole model; with --no-train-decode
 import argparse
 
 import torch
-from kinds import LEARNING_RATE, PROMPT_DEVIATION
+from kinds import PROMPT_DEVIATION
+from segmenter import LEARNING_RATE
 from training import arguments, asked_for, train
 
 from coreseg.data.store import LesionSet

@@ -1,11 +1,12 @@
 """Stage (a), last part: the mask decoder learns to be told *what*, on phantoms that show two kinds of lesion.
 
-    python recipes/nano/kinds.py SEGMENTER_RUN DATASET… --out RUN [--steps N]
+    python recipes/nano/kinds.py SEGMENTER_RUN DATASET… --out RUN [--minutes M]
 
 Boxes and points hardly ever decide on real pictures, whose lesions are mostly of one kind, so a segmenter trained with
 them alone gives the same mask whatever it is prompted with. Here one learned prompt a kind of phantom asks for that
-kind alone, and every other picture asks for every lesion, as before: no category of a real set enters. The learned
-prompts are thrown away; what stays is a decoder that listens. The image encoder is frozen.
+kind alone; every picture asks for every lesion and, by a box or a point, for one of several, as before: no category of
+a real set enters. The learned prompts are thrown away; what stays is a decoder that listens. The image encoder is
+frozen.
 """
 
 import argparse
@@ -15,18 +16,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from build import IMAGE_SIZE_PX
-from segmenter import load, squared
-from tqdm import tqdm
+from segmenter import load, spatial_prompt, squared
 from transformers import EdgeTamModel
 
 from coreseg.data.store import LesionSet
 from coreseg.sam2 import any_lesion_prompt, decode_masks, encode_image
 from coreseg.train.collate import stretch_mask
+from coreseg.train.loop import Budget, spend
 from coreseg.train.losses import dice_ce
 
-PAIRS_A_STEP = 8
-PICTURES_A_STEP = 4
-LEARNING_RATE = 1e-3
+PAIRS_A_STEP = 4
+PICTURES_A_STEP = 12
+LEARNING_RATE = 5e-4
 PROMPT_DEVIATION = 0.5
 
 
@@ -44,10 +45,9 @@ def two_kind_pictures(sets: list[LesionSet]) -> Iterator[tuple[torch.Tensor, tor
                 yield squared(lesions, rows[0])[0], masks
 
 
-def train(segmenter: Path, sets: list[LesionSet], out: Path, steps: int, seed: int) -> None:
+def train(segmenter: Path, sets: list[LesionSet], out: Path, minutes: float, seed: int) -> None:
     """Train the mask decoder on pairs and whole pictures, and leave the model in `out`."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
     model = EdgeTamModel.from_pretrained(segmenter).eval()
     model.requires_grad_(False)
     model.mask_decoder.requires_grad_(True)
@@ -56,27 +56,32 @@ def train(segmenter: Path, sets: list[LesionSet], out: Path, steps: int, seed: i
     counts = {name: sources.count(name) for name in set(sources)}
     weights = np.array([counts[name] ** -0.5 for name in sources])
     start = any_lesion_prompt(model, 1)[0].detach()
-    learned = torch.nn.Parameter(start.repeat(2, 1, 1) + PROMPT_DEVIATION * torch.randn(2, *start.shape[1:]))
-    parameters = [learned, *model.mask_decoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.02)
-    bar = tqdm(range(steps), desc="kinds")
-    for _ in bar:
+    model.learned = torch.nn.Parameter(start.repeat(2, 1, 1) + PROMPT_DEVIATION * torch.randn(2, *start.shape[1:]))
+
+    def loss_of(model: EdgeTamModel, step: int) -> torch.Tensor:
+        model.eval()
+        rng = np.random.default_rng((seed, step))
         two = torch.from_numpy(rng.choice(len(pairs), PAIRS_A_STEP, replace=False))
         all_of = torch.from_numpy(rng.choice(len(images), PICTURES_A_STEP, p=weights / weights.sum()))
         pixels = (torch.cat([pairs[two], images[all_of]]).float() / 255 - 0.5) / 0.5
         with torch.no_grad():
             maps = encode_image(model, pixels.contiguous(memory_format=torch.channels_last))
-        asked = decode_masks(model, [level[:PAIRS_A_STEP] for level in maps], learned.expand(PAIRS_A_STEP, -1, -1, -1))
-        every = decode_masks(model, maps, any_lesion_prompt(model, PAIRS_A_STEP + PICTURES_A_STEP))
-        together = torch.cat([kinds[two].any(1), masks[all_of, 0]])
+        asked = decode_masks(
+            model, [level[:PAIRS_A_STEP] for level in maps], model.learned.expand(PAIRS_A_STEP, -1, -1, -1)
+        )
+        together = torch.cat([kinds[two].any(1), masks[all_of, 0]])[:, None].float()
+        spatial, wanted = spatial_prompt(model, together, rng)
+        every = torch.cat([any_lesion_prompt(model, len(together)), spatial.detach()], dim=1)
         apart_loss = dice_ce(asked.flatten(0, 1), kinds[two].flatten(0, 1).float())
-        together_loss = dice_ce(every[:, 0], together.float())
-        (2 * apart_loss + together_loss).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix(apart=f"{apart_loss.item():.3f}", together=f"{together_loss.item():.3f}")
-    model.save_pretrained(out)
+        together_loss = dice_ce(
+            decode_masks(model, maps, every).flatten(0, 1), torch.cat([together, wanted], dim=1).flatten(0, 1)
+        )
+        return apart_loss + 2 * together_loss
+
+    groups = [{"params": [model.learned, *model.mask_decoder.parameters()], "lr": LEARNING_RATE}]
+    averaged, _ = spend(Budget(minutes=minutes), model, groups, loss_of, out, description="kinds")
+    del averaged.learned
+    averaged.save_pretrained(out)
 
 
 if __name__ == "__main__":
@@ -84,8 +89,8 @@ if __name__ == "__main__":
     parser.add_argument("segmenter", type=Path)
     parser.add_argument("datasets", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--minutes", type=float, default=6.0, help="of processor time")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     sets = [LesionSet.open(path) for path in options.datasets]
-    train(options.segmenter, sets, options.out, options.steps, options.seed)
+    train(options.segmenter, sets, options.out, options.minutes, options.seed)

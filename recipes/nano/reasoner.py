@@ -15,10 +15,12 @@ from transformers import (
 )
 
 from coreseg.answer import SEG_TOKEN
-from coreseg.nano.vision import GRID, IMAGE_TOKENS, NanoVisionConfig, place_code, register
+from coreseg.nano.vision import GRID, NanoVisionConfig, place_code, register
 
 FRAME_PX = 256
 INPUT_SCALE = 0.02
+SMALLEST_REGION = 0.1
+"""Of the largest region: specks would be taken for lesions."""
 MARKERS = [
     "<pad>",
     "<eos>",
@@ -63,7 +65,7 @@ def train_tokenizer(texts: Iterable[str], size: int = 2048) -> PreTrainedTokeniz
     )
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+def build_processor(tokenizer: PreTrainedTokenizerFast, tower: NanoVisionConfig) -> LlavaProcessor:
     """Pictures stretched to the tower's square, nothing cropped."""
     images = CLIPImageProcessor(
         do_resize=True,
@@ -76,7 +78,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=FRAME_PX // GRID,
-        num_additional_image_tokens=IMAGE_TOKENS - GRID**2,
+        num_additional_image_tokens=tower.tokens - GRID**2,
         vision_feature_select_strategy="full",
         chat_template=CHAT_TEMPLATE,
     )
@@ -85,6 +87,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 def build_reasoner(segmenter: EdgeTamModel, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """A fresh reasoner that looks through a copy of the trained segmenter."""
     register()
+    tower = NanoVisionConfig(segmenter.config, smallest_region=SMALLEST_REGION, stand_outs=True)
     text = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=256,
@@ -101,10 +104,10 @@ def build_reasoner(segmenter: EdgeTamModel, tokenizer: PreTrainedTokenizerFast) 
         bos_token_id=None,
     )
     config = LlavaConfig(
-        vision_config=NanoVisionConfig(segmenter.config),
+        vision_config=tower,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=IMAGE_TOKENS,
+        image_seq_length=tower.tokens,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         projector_hidden_act="linear",

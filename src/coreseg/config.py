@@ -124,6 +124,11 @@ class StageConfig:
         """Rows drawn a device and step."""
         return self.batch_size
 
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether a loss reaches the adapter."""
+        return self.mask_weight > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig(StageConfig):
@@ -134,16 +139,25 @@ class SftConfig(StageConfig):
     box_spread: in pixels of the reasoner's frame: a box's number may be nearly right, by a normal distribution of this
     deviation; 0 counts the right one alone. For tokenizers of one token a number, such as nano's.
     fresh_adapter: start the adapter anew, centred on the states it will see; for one that no mask loss has trained.
+    prompt_weight: of the prompt loss: where one of several lesions is asked for, the adapter is told the mask decoder's
+    own prompt for that lesion's box, and where every lesion is, its "any lesion" prompt. For segmenters that know both.
     """
 
     text_weight: float = 1.0
     box_weight: float = 1.0
     box_spread: float = 0.0
     fresh_adapter: bool = False
+    prompt_weight: float = 0.0
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether a loss reaches the adapter."""
+        return super().trains_adapter or self.prompt_weight > 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.text_weight < math.inf, "text_weight", self.text_weight, "0 or more")
+        for name in ("text_weight", "prompt_weight"):
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         require(0 <= self.box_spread < math.inf, "box_spread", self.box_spread, "0 or more")
         require(0 < self.box_weight < math.inf, "box_weight", self.box_weight, "a number above 0")
 

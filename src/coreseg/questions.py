@@ -110,6 +110,8 @@ _TARGETS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 
+ATTRIBUTES = tuple(_TARGETS)
+
 # Everyday words that say nothing of a lesion; none of them stands in a held-out wording.
 _FILLER = (
     "hello thanks doctor nurse colleague patient man woman child years old came yesterday today morning evening "
@@ -266,10 +268,10 @@ def attribute_questions(
         if crumbs and kind == "smallest":
             continue
         one = labels == lesion
-        questions.append(AttributeQuestion(_request(kind, category, rng, held_out), one, kind))
+        questions.append(AttributeQuestion(ask_for_one(kind, category, rng, held_out), one, kind))
         if kind in ("largest", "smallest") and len(lesions) > 2:
             kind = f"all but {kind}"
-            questions.append(AttributeQuestion(_request(kind, category, rng, held_out), mask & ~one, kind))
+            questions.append(AttributeQuestion(ask_for_one(kind, category, rng, held_out), mask & ~one, kind))
     return questions
 
 
@@ -304,7 +306,8 @@ def _set_apart(
     return found
 
 
-def _request(kind: str, category: str, rng: np.random.Generator, held_out: bool) -> str:
+def ask_for_one(kind: str, category: str, rng: np.random.Generator, held_out: bool = False) -> str:
+    """A question about what stands out among several lesions, or about all but it; `kind` is one of `ATTRIBUTES`."""
     noun = _noun(category, rng, held_out)
     in_training, in_test = _TARGETS[kind]
     target = pick(in_test if held_out else in_training, rng).format(one=noun, many=plural(noun))

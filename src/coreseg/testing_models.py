@@ -114,19 +114,19 @@ def tiny_llava(folder: Path, tower: Any = None, crops: bool = False, tied: bool 
         LlavaProcessor,
     )
 
-    from coreseg.nano.vision import GRID, IMAGE_TOKENS
+    from coreseg.nano.vision import GRID
 
     tokenizer = _tokenizer(["<pad>", "<eos>", "<image>", "<turn>"], pad="<pad>", eos="<eos>")
     cells = 4 if tower is None else GRID
     cell_px = SEGMENTER_SIZE_PX // cells
     # CLIP's one more is its own class token, which the "default" strategy drops again.
-    more = 1 if tower is None else IMAGE_TOKENS - cells**2
+    more = 1 if tower is None else tower.tokens - cells**2
     select: Literal["default", "full"] = "default" if tower is None else "full"
     config = LlavaConfig(
         vision_config=tower or CLIPVisionConfig(**_vit_settings(cell_px), projection_dim=WIDTH),
         text_config={"model_type": "qwen2", **_text_settings(tokenizer), "tie_word_embeddings": tied},
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=cells**2 if tower is None else IMAGE_TOKENS,
+        image_seq_length=cells**2 if tower is None else tower.tokens,
         vision_feature_layer=-1,
         vision_feature_select_strategy=select,
         tie_word_embeddings=tied,

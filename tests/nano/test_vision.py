@@ -1,10 +1,28 @@
 """Nano's tower: what its tokens hold is what is in the picture."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from coreseg.masks import lesion_masks, mask_to_boxes
-from coreseg.nano.vision import BUMPS, GRID, MEASURES, PLACE_WEIGHT, grid_tokens, place_code, pool, region_tokens
+from coreseg.nano.vision import (
+    BUMPS,
+    GRID,
+    MEASURES,
+    PLACE_WEIGHT,
+    STAND_OUTS,
+    NanoVisionConfig,
+    NanoVisionModel,
+    grid_tokens,
+    measure,
+    place_code,
+    pool,
+    region_tokens,
+    stand_outs,
+)
+from coreseg.testing_models import tiny_edgetam
 from coreseg.types import MAX_BOXES
 
 SIDE = 64
@@ -39,7 +57,7 @@ def test_a_place_code_tells_every_pixel_of_256_apart_and_near_ones_least() -> No
 def test_region_tokens_hold_the_boxes_in_the_order_of_answers() -> None:
     masks = [drawn((40, 30, 60, 50), (3, 5, 20, 13)), drawn((10, 10, 30, 40)), drawn()]
     pixels = torch.rand(3, 3, SIDE, SIDE)
-    tokens = region_tokens(pixels, feature_maps(3), [lesion_masks(mask) for mask in masks])
+    tokens = region_tokens(measure(pixels, feature_maps(3), [lesion_masks(mask) for mask in masks]))
     assert tokens.shape == (3, MAX_BOXES, 4 * BUMPS + 2 * 8 + MEASURES)
     for row, mask in enumerate(masks):
         boxes = mask_to_boxes(mask)
@@ -54,7 +72,7 @@ def test_a_region_token_tells_bright_from_dark_and_large_from_small() -> None:
     pixels = torch.zeros(2, 3, SIDE, SIDE) + 0.01 * torch.rand(2, 3, SIDE, SIDE)
     pixels[0][:, masks[0]] += 0.5
     pixels[1][:, masks[1]] -= 0.5
-    tokens = region_tokens(pixels, feature_maps(2), [lesion_masks(mask) for mask in masks])[:, 0]
+    tokens = region_tokens(measure(pixels, feature_maps(2), [lesion_masks(mask) for mask in masks]))[:, 0]
     look = tokens[:, -MEASURES:]
     inside, around, (large, small) = look[:, :3], look[:, 6:9], look[:, 9]
     assert (inside[0] > around[0]).all() and (inside[1] < around[1]).all()
@@ -78,3 +96,36 @@ def test_grid_tokens_know_their_cell() -> None:
     assert tokens.shape == (1, GRID**2, 8 + 2 * BUMPS)
     centres = places(tokens[0, :, 8:].reshape(-1, 2, BUMPS) / PLACE_WEIGHT)
     assert centres[1].tolist() == [24, 8] and centres[GRID].tolist() == [8, 24]
+
+
+def test_what_stands_out_is_named_by_size_place_and_light() -> None:
+    mask = drawn((2, 4, 12, 10), (30, 20, 60, 40), (20, 50, 24, 54))
+    pixels = torch.zeros(2, 3, SIDE, SIDE) + 0.01 * torch.rand(2, 3, SIDE, SIDE)
+    for (x1, y1, x2, y2), light in (((2, 4, 12, 10), 0.5), ((30, 20, 60, 40), -0.5)):
+        pixels[0, :, y1:y2, x1:x2] += light
+    parts = [lesion_masks(mask), lesion_masks(drawn((2, 4, 12, 10)))]
+    chosen, there = stand_outs(measure(pixels, feature_maps(2), parts))
+    # In reading order: the first lies top left, the second right and is large, the third is small and lowest.
+    expected = {
+        "largest": 1, "smallest": 2, "left": 0, "right": 1, "upper": 0, "lower": 2, "brightest": 0, "darkest": 1
+    }  # fmt: skip
+    assert dict(zip(STAND_OUTS, chosen[0].tolist(), strict=True)) == expected
+    assert there[0].all() and not there[1].any()
+
+
+def test_a_tower_leaves_specks_out_and_shows_what_stands_out_again(tmp_path: Path) -> None:
+    config = NanoVisionConfig(AutoConfig.from_pretrained(tiny_edgetam(tmp_path)), smallest_region=0.1, stand_outs=True)
+    tower, channels = NanoVisionModel(config), config.segmenter_config.vision_config.fpn_hidden_size
+    parts = tower.regions(drawn((2, 4, 12, 10), (30, 20, 60, 40), (20, 50, 24, 54)))
+    assert len(parts) == 2 and len(tower.regions(drawn())) == 0
+    pixels = torch.rand(1, 3, SIDE, SIDE)
+    maps = [torch.randn(1, channels, SIDE // stride, SIDE // stride) for stride in (4, 8, 16)]
+    tokens = tower.tokens(grid_tokens(maps), measure(pixels, maps, [parts]))
+    assert tokens.shape == (1, config.tokens, config.hidden_size)
+    regions, again = tokens[0, GRID**2 : GRID**2 + MAX_BOXES], tokens[0, GRID**2 + MAX_BOXES :]
+    kinds = again[:, -len(STAND_OUTS) :]
+    assert torch.equal(kinds, torch.eye(len(STAND_OUTS))) and (regions[:, -len(STAND_OUTS) :] == 0).all()
+    largest, smallest = again[0, : -len(STAND_OUTS)], again[1, : -len(STAND_OUTS)]
+    assert torch.equal(largest, regions[1, : -len(STAND_OUTS)])
+    assert torch.equal(smallest, regions[0, : -len(STAND_OUTS)])
+    assert tower.look(pixels).shape == tokens.shape

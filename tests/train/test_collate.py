@@ -35,6 +35,25 @@ def test_boxes_are_those_of_the_changed_mask(phantoms: Path) -> None:
         assert example.answer.found == bool(example.answer.boxes)
 
 
+def test_an_example_tells_whether_one_or_every_lesion_is_asked_for(tmp_path: Path) -> None:
+    """A picture of two kinds says neither of a plain question, nor does what is not there or "all but one"."""
+    rows = examples(
+        write_phantom_set(tmp_path, 24, seed=0, size_wh=(96, 80), two_kinds=0.5),
+        attribute_share=0.5,
+        absent_share=0.3,
+    )
+    alone = [sum(other.file_name == sample.file_name for _, other in rows.rows) == 1 for _, sample in rows.rows]
+    drawn = [(alone[row], rows[(row, draw)]) for row in range(len(rows)) for draw in range(6)]
+    for is_alone, example in drawn:
+        if example.asks == "one":
+            assert len(example.answer.boxes) == 1
+        if example.asks == "every":
+            assert is_alone and example.answer.found
+        if not example.answer.found:
+            assert example.asks is None
+    assert {example.asks for _, example in drawn} == {"one", "every", None}
+
+
 def test_what_may_be_there_is_never_called_absent(tmp_path: Path) -> None:
     """Every anatomy of the phantoms knows both kinds, so a row of one must not deny the other."""
     phantoms = examples(write_phantom_set(tmp_path, 12, seed=0, size_wh=(48, 40), two_kinds=1.0), absent_share=1.0)

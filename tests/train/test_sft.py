@@ -22,7 +22,7 @@ from coreseg.nano.vision import NanoVisionModel
 from coreseg.segmenter import Segmenter
 from coreseg.train import trainer as stages
 from coreseg.train.collate import Draws, Examples
-from coreseg.train.sft import USUAL_TOKENS, Collator, NearNumbers, SftTrainer, text_loss, train_sft
+from coreseg.train.sft import USUAL_TOKENS, Collator, NearNumbers, SftTrainer, own_prompts, text_loss, train_sft
 from coreseg.train.trainer import prepare, save_checkpoint
 from coreseg.types import Answer
 
@@ -127,6 +127,29 @@ def test_what_is_kept_of_pictures_trains_as_pixels_do(
     assert sum(towers) == pictures + 36 and sum(encoders) == pictures
     for (name, one), (_, other) in zip(kept.named_parameters(), fresh.named_parameters(), strict=True):
         torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_the_adapter_is_told_the_decoders_own_prompts(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    """A box for one of several, "any lesion" for every one; rows that ask neither say nothing."""
+    model, processor = load_parts(nano)
+    image = np.zeros((64, 64, 3), dtype=np.uint8)
+    box, side = (8, 4, 40, 30), model.config.segmenter_size_px
+    answer = Answer("cyst", (box,), "", found=True)
+    batch = processor([image] * 3, ["Where?"] * 3, [answer] * 3)
+    told = own_prompts(model, batch, ["every", None, "one"])
+    prompts = model.segmenter.prompt_encoder
+    as_box, _ = prompts(
+        input_points=None, input_labels=None, input_boxes=side / 64 * torch.tensor([[box]]).float(), input_masks=None
+    )
+    assert torch.equal(told, torch.stack([prompts.not_a_point_embed.weight.expand(3, -1), as_box[0, 0]]))
+
+
+def test_a_prompt_loss_alone_teaches_the_adapter(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    config = settings(nano, phantoms, tmp_path, mask_weight=0.0, prompt_weight=1.0, lora_rank=0)
+    before, model, _ = trained(config)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any(name.startswith("adapter.") for name in moved)
+    assert not any(name.startswith("segmenter.") for name in moved)
 
 
 def test_numbers_weigh_what_the_setting_says(nano: Path) -> None:

@@ -112,12 +112,15 @@ def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> Any:
 class TrainingOutput:
     """What one teacher-forced pass gives: next-token logits, and mask logits of the rows that have a `<seg>`.
 
-    `with_mask` says which rows those are, in order.
+    `with_mask` says which rows those are, in order. `states` are what the adapter is shown of each row, and `present`
+    which of it is real: nothing of a row without `<seg>`.
     """
 
     logits: Float[torch.Tensor, "batch tokens vocabulary"]
     mask_logits: Float[torch.Tensor, "masked height width"]
     with_mask: Bool[torch.Tensor, " batch"]
+    states: Float[torch.Tensor, "batch probes reasoner"]
+    present: Bool[torch.Tensor, "batch probes"]
 
 
 @dataclass(frozen=True)
@@ -201,12 +204,13 @@ class CoreSeg(PreTrainedModel):
             segmenter_maps = encode_image(self.segmenter, segmenter_pixels)
         chosen = self.probe_positions(input_ids)
         with_mask = chosen.any(dim=1)
-        if segmenter_maps is None or not with_mask.any():
-            return TrainingOutput(logits, logits.new_zeros((0, 1, 1)), with_mask & False)
         states, present = _gather(seen[-1], chosen)
+        if segmenter_maps is None or not with_mask.any():
+            return TrainingOutput(logits, logits.new_zeros((0, 1, 1)), with_mask & False, states, present)
         maps = [level[with_mask] for level in segmenter_maps]
         boxes = segmenter_boxes and [segmenter_boxes[row] for row in torch.nonzero(with_mask)[:, 0]]
-        return TrainingOutput(logits, self.decode(states[with_mask], present[with_mask], maps, boxes), with_mask)
+        masks = self.decode(states[with_mask], present[with_mask], maps, boxes)
+        return TrainingOutput(logits, masks, with_mask, states, present)
 
     def probe_states(
         self,

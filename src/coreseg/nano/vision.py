@@ -3,17 +3,20 @@
 It is a copy of nano's own trained segmenter, kept frozen. A grid token holds the image encoder's features of a large
 cell: what kind of picture this is. A region token holds one connected part of the segmenter's "any lesion" mask: its
 box, its colours, its features. So the reasoner is shown what could be a lesion and where, and has to say which of these
-regions the question means, in words and in numbers. What the tower sees can be kept for later.
+regions the question means, in words and in numbers. A tower may also show once more, in a token of its own each, the
+regions that stand out: the largest, the leftmost and so on. What the tower sees can be kept for later.
 
 Source of the idea, regions as tokens that a language model refers to: Groma (arXiv 2404.13013). What a region token
-holds is our choice.
+holds is our choice; so are the tokens of what stands out: a model of nano's size does not learn to compare regions, but
+learns soon which token answers to which word.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, PreTrainedConfig, PreTrainedModel
@@ -25,8 +28,8 @@ from coreseg.types import MAX_BOXES
 
 GRID = 4
 """Grid tokens along each side."""
-IMAGE_TOKENS = GRID**2 + MAX_BOXES
-"""Tokens of one picture: the grid in reading order, then its regions in the order of boxes."""
+STAND_OUTS = ("largest", "smallest", "left", "right", "upper", "lower", "brightest", "darkest")
+"""What may set one of several regions apart, in the words of `coreseg.questions`."""
 BUMPS = 17
 """Channels that hold one coordinate, see `place_code`."""
 PLACE_WEIGHT = 4.0
@@ -39,24 +42,41 @@ MEASURES = 11 + MAX_BOXES
 class NanoVisionConfig(PreTrainedConfig):
     """`segmenter_config` is the configuration of a segmenter of the SAM 2 family.
 
-    `hidden_size` is what one image token holds. Grid and region tokens use different channels, the others are zero.
+    smallest_region: connected parts below this share of the largest one's area are specks and no regions.
+    stand_outs: whether the regions that stand out are shown once more.
+    `hidden_size` is what one image token holds. The kinds of token use channels of their own, the others are zero.
     """
 
     model_type = "coreseg_nano_vision"
     sub_configs = {"segmenter_config": AutoConfig}  # noqa: RUF012 (transformers' form)
 
-    def __init__(self, segmenter_config: PreTrainedConfig | dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        segmenter_config: PreTrainedConfig | dict[str, Any] | None = None,
+        smallest_region: float = 0.0,
+        stand_outs: bool = False,
+        **kwargs: Any,
+    ) -> None:
         given: Any = segmenter_config
         self.segmenter_config = AutoConfig.for_model(**given) if isinstance(given, dict) else given
+        self.smallest_region = smallest_region
+        self.stand_outs = stand_outs
         kwargs.pop("hidden_size", None)
         self.hidden_size = 0 if given is None else sum(self.channels)
         super().__init__(**kwargs)
 
     @property
-    def channels(self) -> tuple[int, int]:
-        """How many channels a grid token uses (features, place) and a region token (box, features, measures)."""
+    def channels(self) -> tuple[int, int, int]:
+        """How many channels a grid token uses (features, place), a region token (box, features, measures), and what
+        stands out beside those of its region (its kind)."""
         features = self.segmenter_config.vision_config.fpn_hidden_size
-        return features + 2 * BUMPS, 4 * BUMPS + 2 * features + MEASURES
+        kinds = len(STAND_OUTS) if self.stand_outs else 0
+        return features + 2 * BUMPS, 4 * BUMPS + 2 * features + MEASURES, kinds
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one picture: the grid in reading order, its regions in the order of boxes, what stands out."""
+        return GRID**2 + MAX_BOXES + self.channels[2]
 
 
 class NanoVisionModel(PreTrainedModel):
@@ -87,13 +107,34 @@ class NanoVisionModel(PreTrainedModel):
         maps = encode_image(self.segmenter, pixels)
         logits = decode_masks(self.segmenter, maps, any_lesion_prompt(self.segmenter, len(pixels)))
         logits = functional.interpolate(logits.float(), pixels.shape[-2:], mode="bilinear", align_corners=False)
-        parts = [lesion_masks(mask) for mask in (logits[:, 0] > 0).cpu().numpy()]
+        parts = [self.regions(mask) for mask in (logits[:, 0] > 0).cpu().numpy()]
         # In half precision a coordinate would be off by a pixel.
         exact = [plane.float() for plane in maps]
-        grid, regions = grid_tokens(exact), region_tokens(pixels.float(), exact, parts)
-        grid = functional.pad(grid, (0, self.config.channels[1]))
-        regions = functional.pad(regions, (self.config.channels[0], 0))
-        return torch.cat([grid, regions], dim=1).to(pixel_values.dtype)
+        tokens = self.tokens(grid_tokens(exact), measure(pixels.float(), exact, parts))
+        return tokens.to(pixel_values.dtype)
+
+    def regions(self, mask: Bool[np.ndarray, "height width"]) -> Bool[np.ndarray, "regions height width"]:
+        """The connected parts of a mask that the reasoner is shown, in the order of boxes."""
+        parts = lesion_masks(mask)
+        areas = parts.sum((1, 2))
+        kept: Bool[np.ndarray, "regions height width"] = parts[
+            areas >= self.config.smallest_region * areas.max(initial=0)
+        ]
+        return kept
+
+    def tokens(
+        self, grid: Float[torch.Tensor, "batch cells grid_channels"], regions: "Regions"
+    ) -> Float[torch.Tensor, "batch tokens channels"]:
+        """A picture's tokens, from those of its grid and from its regions."""
+        of_grid, of_region, kinds = self.config.channels
+        shown = region_tokens(regions)
+        parts = [functional.pad(grid, (0, of_region + kinds)), functional.pad(shown, (of_grid, kinds))]
+        if kinds:
+            chosen, there = stand_outs(regions)
+            again = there * torch.gather(shown, 1, chosen[..., None].expand(-1, -1, of_region))
+            named = there * torch.eye(kinds).to(shown).expand(len(shown), -1, -1)
+            parts.append(torch.cat([functional.pad(again, (of_grid, 0)), named], dim=-1))
+        return torch.cat(parts, dim=1)
 
     def forward(
         self, pixel_values: Float[torch.Tensor, "batch *planes"], **kwargs: object
@@ -112,13 +153,23 @@ def grid_tokens(maps: FeatureMaps) -> Float[torch.Tensor, "batch cells grid_chan
     return torch.cat([_unit(features), PLACE_WEIGHT * places.to(features)], dim=-1)
 
 
-def region_tokens(
-    pixels: Float[torch.Tensor, "batch 3 height width"], maps: FeatureMaps, parts: list[np.ndarray]
-) -> Float[torch.Tensor, "batch regions region_channels"]:
-    """One token for each of a picture's regions (`parts`: boolean, (regions, height, width) a picture), then zeros.
+@dataclass(frozen=True)
+class Regions:
+    """What is measured of a picture's regions: `MAX_BOXES` of them, those that are not `there` zero.
 
-    Colours are relative to the picture's mean, in its deviations.
+    boxes: of [0, 1], x1, y1, x2, y2. colours: inside, their deviation, around (3 each), relative to the picture's mean,
+    in its deviations. features: of the coarsest and the finest map. area: as a share of the picture.
     """
+
+    there: Bool[torch.Tensor, "batch regions 1"]
+    boxes: Float[torch.Tensor, "batch regions 4"]
+    colours: Float[torch.Tensor, "batch regions 9"]
+    features: Float[torch.Tensor, "batch regions features"]
+    area: Float[torch.Tensor, "batch regions 1"]
+
+
+def measure(pixels: Float[torch.Tensor, "batch 3 height width"], maps: FeatureMaps, parts: list[np.ndarray]) -> Regions:
+    """The regions of pictures, `parts`: boolean, (regions, height, width) a picture."""
     height, width = pixels.shape[-2:]
     inside = pixels.new_zeros(len(pixels), MAX_BOXES, height, width)
     boxes = pixels.new_zeros(len(pixels), MAX_BOXES, 4)
@@ -126,9 +177,6 @@ def region_tokens(
         for number, mask in enumerate(masks):
             inside[row, number] = torch.from_numpy(mask)
             boxes[row, number] = torch.tensor(tight_box(mask))
-    there = inside.flatten(2).any(-1, keepdim=True).to(pixels)
-    boxes = boxes / boxes.new_tensor([width, height, width, height])
-
     mean, deviation = pixels.mean((2, 3), keepdim=True), pixels.std((2, 3), keepdim=True).clamp(min=1e-3)
     colours = (pixels - mean) / deviation
     rows, columns = maps[0].shape[-2:]
@@ -136,13 +184,34 @@ def region_tokens(
     around = functional.max_pool2d(coarse_inside, 9, 1, 4) - coarse_inside.sum(1, keepdim=True)
     colour = pool(colours, inside)
     spread = (pool(colours.square(), inside) - colour.square()).clamp(min=0).sqrt()
-    area = inside.mean((2, 3))[..., None]
+    return Regions(
+        there=inside.flatten(2).any(-1, keepdim=True),
+        boxes=boxes / boxes.new_tensor([width, height, width, height]),
+        colours=torch.cat([colour, spread, pool(colours, around.clamp(min=0))], dim=-1),
+        features=torch.cat([_unit(pool(maps[-1], inside)), _unit(pool(maps[0], inside))], dim=-1),
+        area=inside.mean((2, 3))[..., None],
+    )
+
+
+def region_tokens(regions: Regions) -> Float[torch.Tensor, "batch regions region_channels"]:
+    """One token for each region, zeros for those that are not there."""
+    boxes, area = regions.boxes, regions.area
     box_area = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]))[..., None]
-    fill = area / box_area.clamp(min=1e-6)
-    numbers = torch.eye(MAX_BOXES).to(pixels).expand(len(pixels), -1, -1)
-    look = torch.cat([colour, spread, pool(colours, around.clamp(min=0))], dim=-1) / 3
-    features = [_unit(pool(maps[-1], inside)), _unit(pool(maps[0], inside))]
-    return there * torch.cat([PLACE_WEIGHT * place_code(boxes), *features, look, area.sqrt(), fill, numbers], dim=-1)
+    numbers = torch.eye(MAX_BOXES).to(boxes).expand(len(boxes), -1, -1)
+    look = [regions.colours / 3, area.sqrt(), area / box_area.clamp(min=1e-6), numbers]
+    return regions.there * torch.cat([PLACE_WEIGHT * place_code(boxes), regions.features, *look], dim=-1)
+
+
+def stand_outs(regions: Regions) -> tuple[Int[torch.Tensor, "batch kinds"], Bool[torch.Tensor, "batch kinds 1"]]:
+    """Which region stands out, for each of `STAND_OUTS`, and whether any does: a single region never."""
+    x = (regions.boxes[..., 0] + regions.boxes[..., 2]) / 2
+    y = (regions.boxes[..., 1] + regions.boxes[..., 3]) / 2
+    area, light = regions.area[..., 0], regions.colours[..., :3].mean(-1)
+    least = torch.stack([-area, area, x, -x, y, -y, -light, light], dim=1)
+    there = regions.there[..., 0]
+    chosen = least.masked_fill(~there[:, None], torch.inf).argmin(-1)
+    several = (there.sum(1) > 1)[:, None, None]
+    return chosen, several.expand(-1, len(STAND_OUTS), -1)
 
 
 def pool(

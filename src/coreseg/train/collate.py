@@ -1,9 +1,10 @@
 """Training examples: a row of a data set, seen anew each time it is drawn, becomes picture, question and answer."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from zlib import crc32
 
 import numpy as np
@@ -27,7 +28,8 @@ from coreseg.types import Answer, Sample
 class Example:
     """One question about one picture with its reference: boxes in the picture's own pixels.
 
-    `picture` names the very pixels, where they will be seen again.
+    `picture` names the very pixels, where they will be seen again. `asks` says which lesions are wanted, where that is
+    one of several or every lesion that the picture shows.
     """
 
     image: UInt8[np.ndarray, "height width 3"]
@@ -35,6 +37,7 @@ class Example:
     question: str
     answer: Answer
     picture: str | None = None
+    asks: Literal["one", "every"] | None = None
 
 
 class Examples(Dataset[Example]):
@@ -49,6 +52,8 @@ class Examples(Dataset[Example]):
         self.rows = rows
         self.config = config
         self._categories = sorted({(sample.anatomy, sample.category) for _, sample in rows})
+        # A picture with several rows shows several kinds of lesion.
+        self._shown = Counter((lesions.root, sample.file_name) for lesions, sample in rows)
         self._own_words = read_own_words(Path(config.own_words)) if config.own_words else {}
 
     @classmethod
@@ -110,14 +115,16 @@ class Examples(Dataset[Example]):
             image, mask = _changed(image, mask, rng)
         category, reasoning = sample.category, sample.reasoning
         question = self._ask(category, rng)
+        asks: Literal["one", "every"] | None = "every" if self._shown[lesions.root, sample.file_name] == 1 else None
         attributes = []
         if rng.random() < self.config.attribute_share:
             attributes = attribute_questions(image, mask, category, rng)
         if attributes:
             chosen = attributes[int(rng.integers(len(attributes)))]
             question, mask = chosen.text, chosen.mask
+            asks = None if chosen.kind.startswith("all but") else "one"
         elif rng.random() < self.config.absent_share and (absent := self._absent(sample, rng)):
-            category, mask = absent[int(rng.integers(len(absent)))], np.zeros_like(mask)
+            category, mask, asks = absent[int(rng.integers(len(absent)))], np.zeros_like(mask), None
             question = self._ask(category, rng)
         if rng.random() < self.config.filler_share:
             question = among_other_words(question, rng)
@@ -129,7 +136,7 @@ class Examples(Dataset[Example]):
         elif self.config.remeasure or category != sample.category or attributes:
             reasoning = describe(image, mask, sample.modality, sample.anatomy, category, int(rng.integers(2**31)))
         answer = _answer(category, mask, reasoning)
-        return Example(image, mask, question, answer, picture)
+        return Example(image, mask, question, answer, picture, asks if answer.found else None)
 
     def _ask(self, category: str, rng: np.random.Generator) -> str:
         own = self._own_words.get(category, ())

@@ -2,7 +2,8 @@
 
 The learning rates rise, then fall by a cosine, along the share of the budget that is spent. Processor time is that of
 this process, user and system together, so that runs on a busy machine compare; on a GPU it is the time that passes.
-Reading the pictures is not charged.
+Reading the pictures is not charged. Several processes (a group of `torch.distributed`) train one model: their gradients
+are averaged, their times added up.
 
 Our choice throughout.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -54,10 +55,11 @@ def spend(
 ) -> tuple[nn.Module, int]:
     """Spend the budget on `groups` of parameters, each with its peak "lr"; the averaged model and the steps it took.
 
-    `loss_of` the model at a step should draw what it draws by the step's number: then a budget of steps gives the same
-    model whether or not it was stopped in between. Every 100 steps the state goes to `out/resume.pt` and the loss to
-    `out/log.jsonl`; training goes on from there, its spent time counted. The model is left in training mode, or in what
-    mode `loss_of` puts it. Raises TrainingError where the loss is no number any more.
+    `loss_of` the model at a step should draw what it draws by the step's number (and by its process's, where there are
+    several): then a budget of steps gives the same model whether or not it was stopped in between. Every 100 steps the
+    state goes to `out/resume.pt` and the loss to `out/log.jsonl`; training goes on from there, its spent time counted.
+    The model is left in training mode, or in what mode `loss_of` puts it. Raises TrainingError where the loss is no
+    number any more.
     """
     out.mkdir(parents=True, exist_ok=True)
     peaks = [group["lr"] for group in groups]
@@ -73,28 +75,46 @@ def spend(
         for name, part in parts.items():
             part.load_state_dict(state[name])
     model.train()
-    minutes = clock.minutes
-    with tqdm(desc=description, initial=step, unit="step", leave=False, disable=not progress) as bar:
+    first = not distributed.is_initialized() or distributed.get_rank() == 0
+    minutes = _over_processes(device, clock.minutes, [])
+    with tqdm(desc=description, initial=step, unit="step", leave=False, disable=not (progress and first)) as bar:
         while (share := budget.spent(step, minutes)) < 1:
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * min(1.0, (share + 1e-3) / WARMUP_SHARE) * 0.5 * (1 + math.cos(math.pi * share))
             loss = loss_of(model, step)
             loss.backward()  # type: ignore[no-untyped-call]
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            minutes = _over_processes(device, clock.minutes, gradients)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             averaged.update_parameters(model)
-            step, minutes = step + 1, clock.minutes
+            step += 1
             bar.update()
             if step % SHOW_EVERY == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}", minutes=f"{minutes:.1f}")
             if step % SAVE_EVERY == 0 or budget.spent(step, minutes) >= 1:
                 _require_number(loss.item(), step, description)
+                if not first:
+                    continue
                 states = {name: part.state_dict() for name, part in parts.items()}
-                _save({"step": step, "cpu_minutes": minutes, **states}, checkpoint)
+                _save({"step": step, "cpu_minutes": clock.minutes, **states}, checkpoint)
                 with (out / "log.jsonl").open("a") as log:
                     log.write(json.dumps({"step": step, "cpu_minutes": round(minutes, 2), "loss": loss.item()}) + "\n")
     return averaged.module.eval(), step
+
+
+def _over_processes(device: torch.device, minutes: float, gradients: list[torch.Tensor]) -> float:
+    """Average `gradients` over the processes, in place; the sum of their minutes."""
+    if not distributed.is_initialized():
+        return minutes
+    everything = torch.cat([*(gradient.flatten() for gradient in gradients), torch.tensor([minutes], device=device)])
+    distributed.all_reduce(everything)
+    sizes = [*(gradient.numel() for gradient in gradients), 1]
+    *means, total = torch.split(everything, sizes)
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient) / distributed.get_world_size())
+    return float(total)
 
 
 def _average(averaged: Any, current: Any, count: Any) -> None:

@@ -1,10 +1,11 @@
 """Stage 1, supervised fine-tuning: LoRA, adapter and mask decoder, teacher-forced on reference answers.
 
-    L = text_weight * L_text + mask_weight * L_DiceCE
+    L = text_weight * L_text + mask_weight * L_DiceCE + prompt_weight * L_prompt
 
 L_text is the cross-entropy of the answer's tokens, L_DiceCE the mask loss of the rows whose answer has a `<seg>`.
-Source: CORE-Seg (arXiv 2603.05911), CoT-based semantic alignment. Our choices: the `<seg>` row of the embedding and
-output matrices trains beside LoRA; a rank of 0 trains the whole language model (for reasoners made from scratch).
+Source: CORE-Seg (arXiv 2603.05911), CoT-based semantic alignment. Our choices: L_prompt, off by default, for reasoners
+made from scratch, whose adapter otherwise learns one prompt for every question (see `own_prompts`); the `<seg>` row of
+the embedding and output matrices trains beside LoRA; a rank of 0 trains the whole language model (for such reasoners).
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from coreseg.errors import ConfigError, DataError
 from coreseg.model.assemble import load_parts
 from coreseg.model.core_seg import CoreSeg, fresh_adapter
 from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
+from coreseg.sam2 import any_lesion_prompt, box_prompts
 from coreseg.train.collate import Draws, Example, Examples, stretch_mask
 from coreseg.train.losses import dice_ce
 from coreseg.train.trainer import StageTrainer, check, claim, last_checkpoint, prepare
@@ -29,6 +31,9 @@ from coreseg.train.trainer import StageTrainer, check, claim, last_checkpoint, p
 USUAL_TOKENS = 100
 """About the length of an answer, so that the text loss has the size of a mean over tokens."""
 
+
+PROMPT_TOKENS = 3
+"""Of a box in the SAM 2 family."""
 
 STARTING_ROWS = 64
 """Rows whose states a fresh adapter is centred on."""
@@ -45,6 +50,11 @@ def train_sft(config: SftConfig) -> Path:
     examples, validation = Examples.open(config, "train"), Examples.open(config, "val")
     torch.manual_seed(config.seed)
     model, processor = load_parts(config.model)
+    if config.prompt_weight and model.config.adapter_queries != PROMPT_TOKENS:
+        raise ConfigError(
+            f"setting prompt_weight is {config.prompt_weight}; expected 0, since this model's prompts have "
+            f"{model.config.adapter_queries} tokens and the mask decoder's own have {PROMPT_TOKENS}"
+        )
     prepare(model, config)
     out = claim(config)
     trainer = SftTrainer(
@@ -72,7 +82,8 @@ class Collator:
             [e.image for e in examples], [e.question for e in examples], [e.answer for e in examples]
         )
         masks = torch.stack([self.reference(e) for e in examples])
-        return {"batch": batch, "masks": masks, "pictures": [e.picture for e in examples]}
+        asks = [e.asks for e in examples]
+        return {"batch": batch, "masks": masks, "pictures": [e.picture for e in examples], "asks": asks}
 
     def reference(self, example: Example) -> Float[torch.Tensor, "side side"]:
         """The mask in the segmenter's square."""
@@ -137,6 +148,23 @@ def text_loss(
     return (each * weights).sum(1).mean() / USUAL_TOKENS
 
 
+@torch.no_grad()
+def own_prompts(
+    model: CoreSeg, batch: Batch, asks: Sequence[str | None]
+) -> Float[torch.Tensor, "asked tokens channels"]:
+    """The mask decoder's own prompts for what these rows ask, without those whose `asks` is None.
+
+    A box for "one", as people would draw it, and for "every" the "any lesion" prompt that nano's segmenter was trained
+    with. Our choice throughout.
+    """
+    asked = [row for row, each in enumerate(asks) if each]
+    prompts = any_lesion_prompt(model.segmenter, len(asked))[:, 0].clone()
+    for place, row in enumerate(asked):
+        if asks[row] == "one":
+            prompts[place] = box_prompts(model.segmenter, [batch.segmenter_boxes[row][:1]])[0, 0]
+    return prompts
+
+
 class SftTrainer(StageTrainer):
     """This stage's loss."""
 
@@ -171,6 +199,14 @@ class SftTrainer(StageTrainer):
             # A row without a `<seg>` counts as a row with no mask loss.
             loss = loss + self.settings.mask_weight * mask * output.with_mask.float().mean()
             self.note(mask_loss=mask)
+        if self.settings.prompt_weight and any(inputs["asks"]):
+            core = next(part for part in model.modules() if isinstance(part, CoreSeg))
+            told = own_prompts(core, batch, inputs["asks"])
+            rows = torch.tensor([asks is not None for asks in inputs["asks"]], device=told.device)
+            said = core.adapter(output.states[rows], output.present[rows])
+            prompt = functional.mse_loss(said.float(), told.float())
+            loss = loss + self.settings.prompt_weight * prompt * rows.float().mean()
+            self.note(prompt_loss=prompt)
         return (loss, output) if return_outputs else loss
 
     def near_numbers(self, batch: Batch) -> NearNumbers | None:

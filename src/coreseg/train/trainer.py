@@ -75,7 +75,7 @@ def prepare(model: CoreSeg, config: StageConfig) -> None:
     model.config.word_bias = {}
     freeze_all_but_heads(model)
     model.segmenter.mask_decoder.requires_grad_(config.train_decoder and config.mask_weight > 0)
-    model.adapter.requires_grad_(config.mask_weight > 0)
+    model.adapter.requires_grad_(config.trains_adapter)
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha)
     else:

@@ -61,9 +61,10 @@ def describe(
 ) -> str:
     """The measured description of one category in one image: at most 70 words, the same for the same seed.
 
-    Says what picture it is, how healthy tissue looks there, what is seen (four kinds of statement or more) and what
-    it fits. Sides are the picture's. For an empty mask it says that nothing stands out. No digits, no coordinates:
-    only letters, spaces, commas, periods and hyphens, given that the names passed in have no others.
+    Says what picture it is, how healthy tissue looks there, with "yes" or "no" whether there is something, what is seen
+    (four kinds of statement or more) and what it fits. So one word decides, and a model that writes such text can be
+    asked how sure it is. Sides are the picture's. For an empty mask it says that nothing stands out. No digits, no
+    coordinates: only letters, spaces, commas, periods and hyphens, given that the names passed in have no others.
     """
     return in_words(measure_all(image, mask), modality, anatomy, category, np.random.default_rng(seed))
 
@@ -118,8 +119,8 @@ def _nothing(category: str, rng: np.random.Generator) -> str:
     clause = word("count", "none", rng)
     return pick(
         (
-            f"The whole picture looks like that, and {clause}. No area fits {with_article(category)}.",
-            f"Here {clause}, all of it looks as it should. No area fits {with_article(category)}.",
+            f"No, the whole picture looks like that, and {clause}. No area fits {with_article(category)}.",
+            f"No, here {clause}, all of it looks as it should. No area fits {with_article(category)}.",
         ),
         rng,
     )
@@ -143,8 +144,4 @@ def _seen(values: Mapping[str, str], rng: np.random.Generator) -> str:
     features = [words[kind] for kind in rng.permutation(("edge", "texture")) if kind in words]
     second = [f"is {listed(looks)}"] if looks else []
     second += [f"has {listed(features)}"] if features else []
-    return f"{_capital(first)}." + (f" {subject} {' and '.join(second)}." if second else "")
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return f"Yes, {first}." + (f" {subject} {' and '.join(second)}." if second else "")

@@ -1,0 +1,338 @@
+"""Stage (b), first part: the reasoner learns to write the boxes of the regions it is shown, before it sees any picture.
+
+    python recipes/nano/copying.py MODEL DATASET… --out RUN [--minutes M] [--any-order SHARE] [--adapter]
+    torchrun --nproc-per-node 2 recipes/nano/copying.py …            (two processes: their minutes count together)
+
+Layouts of regions are drawn, always fresh, and shown as the tower shows a picture's; the question asks for all of them
+or for what stands out. A box's first number tells which region is meant, the other three follow from it, and learned at
+once neither is found. So there are two runs: in the first (--any-order 1) boxes come in any order, and only the later
+numbers count; in the second (--any-order 0.1) answers are what they will be, and where one of several is asked for its
+first number weighs as much as a whole answer. There the state at `<seg>` also learns which lesion was asked for: heads
+read the box off it, and are thrown away. At the end the adapter learns to say it to the mask decoder.
+
+What must be learned is the same for every picture, and thousands of layouts take the time of a few hundred pictures.
+Our choice throughout.
+"""
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import distributed, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from coreseg.data.store import LesionSet
+from coreseg.model.assemble import load_parts
+from coreseg.model.core_seg import CoreSeg, fresh_adapter
+from coreseg.model.processor import IGNORED, CoreSegProcessor
+from coreseg.nano.vision import GRID, PLACE_WEIGHT, STAND_OUTS, NanoVisionModel, Regions, place_code
+from coreseg.questions import among_other_words, ask, ask_for_one
+from coreseg.sam2 import any_lesion_prompt, box_prompts
+from coreseg.train.loop import Budget, spend
+from coreseg.types import MAX_BOXES, Answer
+
+BATCH = 32
+LEARNING_RATE = 1e-3
+FRAME_PX = 256
+BOX_WEIGHT = 4.0
+FIRST_NUMBER_WEIGHT = 40.0
+"""Of the number that tells which of several is meant: about what all else in its answer weighs."""
+PLACES_WEIGHT = 0.25
+ADAPTER_STEPS = 6000
+ADAPTER_DRAWS = 4096
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Regions of one drawn picture in reading order; boxes are (regions, 4) in px of the reasoner's frame."""
+
+    boxes: np.ndarray
+    area: np.ndarray
+    colours: np.ndarray
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about a layout. `kind` is what it asks by, if it does not ask for all; `any_order`: see `train`."""
+
+    layout: Layout
+    question: str
+    answer: Answer
+    kind: str | None
+    any_order: bool
+
+    @property
+    def for_one(self) -> bool:
+        """Whether the answer is one of several."""
+        return self.kind in STAND_OUTS and not self.any_order
+
+
+def draw_layout(rng: np.random.Generator) -> Layout:
+    """One to eight regions without specks, which may overlap as the boxes of lesions do."""
+    count = int(rng.choice(np.arange(1, MAX_BOXES + 1), p=[0.15, 0.22, 0.19, 0.15, 0.11, 0.08, 0.06, 0.04]))
+    usual_px = np.exp(rng.uniform(np.log(6), np.log(110)))
+    sides = np.clip(usual_px * np.exp(rng.normal(0, 0.5, (count, 1)) + rng.normal(0, 0.25, (count, 2))), 3, 240)
+    corners = rng.uniform(0, FRAME_PX - sides)
+    boxes = np.concatenate([corners, corners + sides], axis=1).round().astype(int)
+    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 2).clip(max=FRAME_PX)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1) * rng.uniform(0.4, 1.0, count)
+    kept = area >= 0.1 * area.max()
+    order = np.lexsort((boxes[:, 2], boxes[:, 3], boxes[:, 0], boxes[:, 1]))
+    order = order[kept[order]]
+    inside = rng.normal(0, 1) + rng.normal(0, 0.6, (count, 1)) + rng.normal(0, 0.15, (count, 3))
+    spread, around = np.abs(rng.normal(0.4, 0.2, (count, 3))), rng.normal(0, 0.5) + rng.normal(0, 0.2, (count, 3))
+    colours = np.concatenate([inside, spread, around], axis=1)
+    return Layout(boxes[order], area[order] / FRAME_PX**2, colours[order])
+
+
+def regions_of(layouts: list[Layout], features: int) -> Regions:
+    """Layouts as the tower measures pictures; features say nothing, and are alike within one picture."""
+    there = torch.zeros(len(layouts), MAX_BOXES, 1, dtype=torch.bool)
+    boxes, colours, area = (torch.zeros(len(layouts), MAX_BOXES, size) for size in (4, 9, 1))
+    for row, layout in enumerate(layouts):
+        shown = np.s_[row, : len(layout.boxes)]
+        there[shown] = True
+        boxes[shown] = torch.from_numpy(layout.boxes).float() / FRAME_PX
+        colours[shown] = torch.from_numpy(layout.colours).float()
+        area[shown] = torch.from_numpy(layout.area).float()[:, None]
+    alike = torch.randn(len(layouts), 1, 2, features) + 0.5 * torch.randn(len(layouts), MAX_BOXES, 2, features)
+    return Regions(there, boxes, colours, functional.normalize(alike, dim=-1).flatten(2), area)
+
+
+def clear_kinds(layout: Layout) -> dict[str, int]:
+    """What stands out by the margins of `coreseg.questions.attribute_questions`, and which region it is."""
+    if len(layout.boxes) < 2:
+        return {}
+    (x1, y1, x2, y2), light = layout.boxes.T, layout.colours[:, :3].mean(1)
+    x, y, size = (x1 + x2) / 2, (y1 + y2) / 2, np.log(layout.area)
+    found = {}
+    for kind, values, margin, check in (
+        ("largest", -size, np.log(1.5), -size),
+        ("smallest", size, np.log(1.5), size),
+        ("left", x, 0.1 * FRAME_PX, x1),
+        ("right", -x, 0.1 * FRAME_PX, -x2),
+        ("upper", y, 0.1 * FRAME_PX, y1),
+        ("lower", -y, 0.1 * FRAME_PX, -y2),
+        ("brightest", -light, 0.3, -light),
+        ("darkest", light, 0.3, light),
+    ):
+        first, second = np.argsort(values, kind="stable")[:2]
+        if values[second] - values[first] >= margin and np.all(np.delete(check, first) > check[first]):
+            found[kind] = int(first)
+    return found
+
+
+def draw_question(categories: list[str], any_order: float, rng: np.random.Generator) -> Asked:
+    """A layout, and a question about all of it or about what stands out."""
+    layout = draw_layout(rng)
+    category = categories[int(rng.integers(len(categories)))]
+    kind, question = None, ask(category, rng)
+    numbers = list(range(len(layout.boxes)))
+    if (kinds := clear_kinds(layout)) and rng.random() < 0.75:
+        kind = list(kinds)[int(rng.integers(len(kinds)))]
+        one = kinds[kind]
+        if all_but := kind in ("largest", "smallest") and len(numbers) > 2 and rng.random() < 0.2:
+            kind = f"all but {kind}"
+        question = ask_for_one(kind, category, rng)
+        numbers = [number for number in numbers if (number != one) == all_but]
+    if rng.random() < 0.3:
+        question = among_other_words(question, rng)
+    shuffled = bool(rng.random() < any_order)
+    if shuffled:
+        numbers = rng.permutation(len(layout.boxes)).tolist()
+    boxes = tuple(tuple(layout.boxes[number].tolist()) for number in numbers)
+    return Asked(layout, question, Answer(category, boxes, "", found=True), kind, shuffled)
+
+
+class Copier(nn.Module):
+    """The reasoner, and heads that read a box's four numbers off the state at `<seg>`."""
+
+    def __init__(self, model: CoreSeg) -> None:
+        super().__init__()
+        self.reasoner = model.reasoner
+        self.places = nn.Linear(model.reasoner.config.text_config.hidden_size, 4 * (FRAME_PX + 1))
+
+
+def show(tower: NanoVisionModel, layouts: list[Layout]) -> torch.Tensor:
+    """The image tokens of layouts; the grid's features say nothing."""
+    features = tower.config.segmenter_config.vision_config.fpn_hidden_size
+    ticks = (torch.arange(GRID) + 0.5) / GRID
+    y, x = (places.flatten() for places in torch.meshgrid(ticks, ticks, indexing="ij"))
+    places = PLACE_WEIGHT * place_code(torch.stack([x, y], dim=-1)).expand(len(layouts), -1, -1)
+    noise = functional.normalize(torch.randn(len(layouts), GRID**2, features), dim=-1)
+    return tower.tokens(torch.cat([noise, places], dim=-1), regions_of(layouts, features))
+
+
+def token_weights(asked: list[Asked], labels: torch.Tensor, of_boxes: torch.Tensor) -> torch.Tensor:
+    """How much each answer token counts, (rows, tokens)."""
+    weights = torch.where(of_boxes, BOX_WEIGHT, 1.0) * (labels != IGNORED)
+    for row, each in enumerate(asked):
+        numbers = torch.nonzero(of_boxes[row])[:, 0]
+        if each.any_order:
+            weights[row] = 0
+            weights[row, numbers] = BOX_WEIGHT
+            weights[row, numbers[::4]] = 0
+        elif each.for_one:
+            weights[row, numbers[0]] = FIRST_NUMBER_WEIGHT
+    return weights
+
+
+def batch_of(processor: CoreSegProcessor, tower: NanoVisionModel, asked: list[Asked]) -> dict[str, torch.Tensor]:
+    """Model inputs and labels; the pictures that the processor needs are blank, and not looked at."""
+    blank = np.zeros((FRAME_PX, FRAME_PX, 3), dtype=np.uint8)
+    batch = processor([blank] * len(asked), [each.question for each in asked], [each.answer for each in asked])
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "labels": batch.labels,
+        "of_boxes": batch.of_boxes,
+        "pixel_values": show(tower, [each.layout for each in asked]),
+    }
+
+
+def forward(copier: Copier, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next-token logits, and the last hidden states."""
+    output = copier.reasoner.model(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        pixel_values=inputs["pixel_values"],
+    )
+    states = output.last_hidden_state
+    return copier.reasoner.lm_head(states), states
+
+
+def train(model: CoreSeg, processor: CoreSegProcessor, categories: list[str], options: argparse.Namespace) -> None:
+    """Spend the budget; the averaged reasoner takes the place of the model's own."""
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    model.requires_grad_(False)
+    copier = Copier(model)
+    copier.requires_grad_(True)
+    copier.reasoner.model.vision_tower.requires_grad_(False)
+    tower, seg = model.reasoner.model.vision_tower, model.config.seg_token_id
+
+    def loss_of(copier: Copier, step: int) -> torch.Tensor:
+        copier.reasoner.model.vision_tower.eval()
+        rng = np.random.default_rng((options.seed, step, rank))
+        torch.manual_seed(int(rng.integers(2**63)))
+        asked = [draw_question(categories, options.any_order, rng) for _ in range(BATCH)]
+        inputs = batch_of(processor, tower, asked)
+        logits, states = forward(copier, inputs)
+        targets = inputs["labels"][:, 1:]
+        each = functional.cross_entropy(logits[:, :-1].transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+        weights = token_weights(asked, inputs["labels"], inputs["of_boxes"])[:, 1:]
+        loss = (each * weights).sum(1).mean() / 100
+        ones = [row for row, each in enumerate(asked) if each.for_one]
+        if ones:
+            at_seg = states[torch.tensor(ones), (inputs["input_ids"][ones] == seg).int().argmax(1)]
+            wanted = torch.tensor([asked[row].answer.boxes[0] for row in ones])
+            read = copier.places(at_seg).view(len(ones), 4, FRAME_PX + 1)
+            loss = loss + PLACES_WEIGHT * functional.cross_entropy(read.transpose(1, 2), wanted)
+        return loss
+
+    groups = [{"params": [p for p in copier.parameters() if p.requires_grad], "lr": LEARNING_RATE}]
+    averaged, _ = spend(Budget(minutes=options.minutes), copier, groups, loss_of, options.out, description="copying")
+    model.reasoner.load_state_dict(averaged.reasoner.state_dict())
+
+
+@torch.no_grad()
+def states_and_prompts(
+    model: CoreSeg, processor: CoreSegProcessor, categories: list[str], draws: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """States at `<seg>`, the decoder's own prompt for what was asked, and whether it was one of several."""
+    rng, tower, copier = np.random.default_rng(seed), model.reasoner.model.vision_tower, Copier(model)
+    torch.manual_seed(seed)
+    states, prompts, single = [], [], []
+    for _ in tqdm(range(draws // BATCH), desc="states"):
+        asked = [draw_question(categories, 0.0, rng) for _ in range(BATCH)]
+        asked = [each for each in asked if each.kind is None or each.for_one]
+        inputs = batch_of(processor, tower, asked)
+        _, hidden = forward(copier, inputs)
+        at_seg = (inputs["input_ids"] == model.config.seg_token_id).int().argmax(1)
+        states.append(hidden[torch.arange(len(asked)), at_seg])
+        scale = model.config.segmenter_size_px / FRAME_PX
+        boxes = [scale * torch.tensor(each.answer.boxes[:1]).float() for each in asked]
+        one = torch.tensor([each.for_one for each in asked])
+        told = box_prompts(model.segmenter, boxes)[:, 0]
+        prompts.append(torch.where(one[:, None, None], told, any_lesion_prompt(model.segmenter, len(asked))[:, 0]))
+        single.append(one)
+    return torch.cat(states), torch.cat(prompts), torch.cat(single)
+
+
+def fit_adapter(model: CoreSeg, processor: CoreSegProcessor, categories: list[str], seed: int) -> None:
+    """The adapter learns to turn the state at `<seg>` into the decoder's own prompt for what was asked."""
+    model.requires_grad_(False).eval()
+    states, prompts, single = states_and_prompts(model, processor, categories, ADAPTER_DRAWS, seed)
+    model.adapter = fresh_adapter(model.config)
+    model.adapter.start_at(model.segmenter.prompt_encoder.not_a_point_embed.weight.float())
+    model.adapter.centre_on(states)
+    held_out = len(states) // 10
+    optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, ADAPTER_STEPS)
+    generator = torch.Generator().manual_seed(seed)
+
+    def said(rows: torch.Tensor | slice) -> torch.Tensor:
+        there = torch.ones(len(states[rows]), 1, dtype=torch.bool)
+        return model.adapter(states[rows][:, None], there)
+
+    for _ in tqdm(range(ADAPTER_STEPS), desc="adapter"):
+        rows = torch.randint(held_out, len(states), (64,), generator=generator)
+        functional.mse_loss(said(rows), prompts[rows]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    with torch.no_grad():
+        far = (said(slice(held_out)) - prompts[:held_out]).square().mean((1, 2)).sqrt()
+    one = single[:held_out]
+    print(f"from the decoder's own prompt: one of several {far[one].mean():.3f}, all {far[~one].mean():.3f}")
+
+
+@torch.no_grad()
+def read_back(model: CoreSeg, processor: CoreSegProcessor, categories: list[str]) -> None:
+    """Print what is written of fresh layouts, given the right answer so far: numbers within 4 px, by what was asked."""
+    rng, tower, copier = np.random.default_rng(12345), model.reasoner.model.vision_tower, Copier(model)
+    torch.manual_seed(0)
+    right: dict[str, list[list[bool]]] = {}
+    for _ in range(12):
+        asked = [draw_question(categories, 0.0, rng) for _ in range(BATCH)]
+        inputs = batch_of(processor, tower, asked)
+        logits, _ = forward(copier, inputs)
+        for row, each in enumerate(asked):
+            places = torch.nonzero(inputs["of_boxes"][row])[:4, 0]
+            written = [processor.tokenizer.decode([token]) for token in logits[row, places - 1].argmax(-1).tolist()]
+            near = [
+                text.strip().isdigit() and abs(int(text) - number) <= 4
+                for text, number in zip(written, each.answer.boxes[0], strict=True)
+            ]
+            right.setdefault(each.kind or "plain", []).append(near)
+    for kind, near in sorted(right.items()):
+        shares = " ".join(f"{share:4.0f}" for share in 100 * np.mean(near, axis=0))
+        print(f"{kind:16} {len(near):4} questions: {shares}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a CORE-Seg checkpoint with nano's tower")
+    parser.add_argument("datasets", type=Path, nargs="+", help="whose categories are asked for")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=40.0, help="of processor time")
+    parser.add_argument("--any-order", type=float, default=0.1, metavar="SHARE", help="of answers in any order")
+    parser.add_argument("--adapter", action="store_true", help="at the end teach the adapter too")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if together := "WORLD_SIZE" in os.environ:  # torchrun
+        distributed.init_process_group("gloo")
+    torch.manual_seed(options.seed)
+    model, processor = load_parts(options.model)
+    samples = [sample for path in options.datasets for sample in LesionSet.open(path).split("train")]
+    categories = sorted({sample.category for sample in samples})
+    train(model, processor, categories, options)
+    if not together or distributed.get_rank() == 0:
+        read_back(model, processor, categories)
+        if options.adapter:
+            fit_adapter(model, processor, categories, options.seed)
+        model.save_pretrained(options.out / "model")
+        processor.save_pretrained(options.out / "model")
