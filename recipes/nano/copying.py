@@ -194,10 +194,10 @@ def batch_of(processor: CoreSegProcessor, tower: NanoVisionModel, asked: list[As
     }
 
 
-def last_states(copier: Copier, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def last_states(reasoner: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The last hidden states, (rows, tokens, width); in bfloat16 inside, which takes half of the time."""
     with torch.autocast("cpu", torch.bfloat16):
-        states: torch.Tensor = copier.reasoner.model(
+        states: torch.Tensor = reasoner.model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             pixel_values=inputs["pixel_values"],
@@ -220,7 +220,7 @@ def train(model: CoreSeg, processor: CoreSegProcessor, categories: list[str], op
         torch.manual_seed(int(rng.integers(2**63)))
         asked = [draw_question(categories, options.any_order, rng) for _ in range(BATCH)]
         inputs = batch_of(processor, tower, asked)
-        states, targets = last_states(copier, inputs), inputs["labels"][:, 1:]
+        states, targets = last_states(copier.reasoner, inputs), inputs["labels"][:, 1:]
         answers = targets != IGNORED
         each = functional.cross_entropy(
             copier.reasoner.lm_head(states[:, :-1][answers]), targets[answers], reduction="none"
@@ -245,14 +245,14 @@ def states_and_prompts(
     model: CoreSeg, processor: CoreSegProcessor, categories: list[str], draws: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """States at `<seg>`, the decoder's own prompt for what was asked, and whether it was one of several."""
-    rng, tower, copier = np.random.default_rng(seed), model.reasoner.model.vision_tower, Copier(model)
+    rng, tower = np.random.default_rng(seed), model.reasoner.model.vision_tower
     torch.manual_seed(seed)
     states, prompts, single = [], [], []
     for _ in tqdm(range(draws // BATCH), desc="states"):
         asked = [draw_question(categories, 0.0, rng) for _ in range(BATCH)]
         asked = [each for each in asked if each.kind is None or each.for_one]
         inputs = batch_of(processor, tower, asked)
-        hidden = last_states(copier, inputs)
+        hidden = last_states(model.reasoner, inputs)
         at_seg = (inputs["input_ids"] == model.config.seg_token_id).int().argmax(1)
         states.append(hidden[torch.arange(len(asked)), at_seg])
         scale = model.config.segmenter_size_px / FRAME_PX
@@ -295,18 +295,18 @@ def fit_adapter(model: CoreSeg, processor: CoreSegProcessor, categories: list[st
 @torch.no_grad()
 def read_back(model: CoreSeg, processor: CoreSegProcessor, categories: list[str]) -> None:
     """Print what is written of fresh layouts, given the right answer so far: numbers within 4 px, by what was asked."""
-    rng, tower, copier = np.random.default_rng(12345), model.reasoner.model.vision_tower, Copier(model)
+    rng, tower = np.random.default_rng(12345), model.reasoner.model.vision_tower
     torch.manual_seed(0)
     right: dict[str, list[list[bool]]] = {}
     for _ in range(12):
         asked = [draw_question(categories, 0.0, rng) for _ in range(BATCH)]
         inputs = batch_of(processor, tower, asked)
-        states = last_states(copier, inputs)
+        states = last_states(model.reasoner, inputs)
         for row, each in enumerate(asked):
             places = torch.nonzero(inputs["of_boxes"][row])[:4, 0]
             written = [
                 processor.tokenizer.decode([token])
-                for token in copier.reasoner.lm_head(states[row, places - 1]).argmax(-1).tolist()
+                for token in model.reasoner.lm_head(states[row, places - 1]).argmax(-1).tolist()
             ]
             near = [
                 text.strip().isdigit() and abs(int(text) - number) <= 4
