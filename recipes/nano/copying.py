@@ -15,24 +15,23 @@ Our choice throughout.
 """
 
 import argparse
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
 from coreseg.data.store import LesionSet
 from coreseg.model.assemble import load_parts
-from coreseg.model.core_seg import CoreSeg, fresh_adapter
-from coreseg.model.processor import IGNORED, CoreSegProcessor
-from coreseg.nano.vision import GRID, PLACE_WEIGHT, STAND_OUTS, NanoVisionModel, Regions, place_code
-from coreseg.questions import among_other_words, ask, ask_for_one
-from coreseg.sam2 import any_lesion_prompt, box_prompts
-from coreseg.train.loop import Budget, spend
+from coreseg.model.core_seg import CoreSeg
+from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
+from coreseg.nano.vision import GRID, STAND_OUTS, NanoVisionModel, Regions, grid_tokens
+from coreseg.questions import among_other_words, ask, ask_for_one, clearly_apart
+from coreseg.train.loop import Budget, join_group, spend
+from coreseg.train.sft import own_prompts
 from coreseg.types import MAX_BOXES, Answer
 
 BATCH = 32
@@ -42,6 +41,8 @@ BOX_WEIGHT = 4.0
 FIRST_NUMBER_WEIGHT = 40.0
 """Of the number that tells which of several is meant: about what all else in its answer weighs."""
 PLACES_WEIGHT = 0.25
+LIGHT_MARGIN = 0.3
+"""By which the brightest region stands out, in deviations of the picture."""
 ADAPTER_STEPS = 6000
 ADAPTER_DRAWS = 4096
 
@@ -57,7 +58,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about a layout. `kind` is what it asks by, if it does not ask for all; `any_order`: see `train`."""
+    """A question about a layout. `kind`: what it asks by, if not for all; in `any_order` all boxes are written."""
 
     layout: Layout
     question: str
@@ -107,23 +108,8 @@ def clear_kinds(layout: Layout) -> dict[str, int]:
     """What stands out by the margins of `coreseg.questions.attribute_questions`, and which region it is."""
     if len(layout.boxes) < 2:
         return {}
-    (x1, y1, x2, y2), light = layout.boxes.T, layout.colours[:, :3].mean(1)
-    x, y, size = (x1 + x2) / 2, (y1 + y2) / 2, np.log(layout.area)
-    found = {}
-    for kind, values, margin, check in (
-        ("largest", -size, np.log(1.5), -size),
-        ("smallest", size, np.log(1.5), size),
-        ("left", x, 0.1 * FRAME_PX, x1),
-        ("right", -x, 0.1 * FRAME_PX, -x2),
-        ("upper", y, 0.1 * FRAME_PX, y1),
-        ("lower", -y, 0.1 * FRAME_PX, -y2),
-        ("brightest", -light, 0.3, -light),
-        ("darkest", light, 0.3, light),
-    ):
-        first, second = np.argsort(values, kind="stable")[:2]
-        if values[second] - values[first] >= margin and np.all(np.delete(check, first) > check[first]):
-            found[kind] = int(first)
-    return found
+    centres, light = layout.boxes.reshape(-1, 2, 2).mean(1), layout.colours[:, :3].mean(1)
+    return clearly_apart(layout.boxes, centres, layout.area, light, LIGHT_MARGIN, (FRAME_PX, FRAME_PX))
 
 
 def draw_question(categories: list[str], any_order: float, rng: np.random.Generator) -> Asked:
@@ -160,18 +146,15 @@ class Copier(nn.Module):
 def show(tower: NanoVisionModel, layouts: list[Layout]) -> torch.Tensor:
     """The image tokens of layouts; the grid's features say nothing."""
     features = tower.config.segmenter_config.vision_config.fpn_hidden_size
-    ticks = (torch.arange(GRID) + 0.5) / GRID
-    y, x = (places.flatten() for places in torch.meshgrid(ticks, ticks, indexing="ij"))
-    places = PLACE_WEIGHT * place_code(torch.stack([x, y], dim=-1)).expand(len(layouts), -1, -1)
-    noise = functional.normalize(torch.randn(len(layouts), GRID**2, features), dim=-1)
-    return tower.tokens(torch.cat([noise, places], dim=-1), regions_of(layouts, features))
+    grid = grid_tokens([torch.randn(len(layouts), features, GRID, GRID)])
+    return tower.tokens(grid, regions_of(layouts, features))
 
 
-def token_weights(asked: list[Asked], labels: torch.Tensor, of_boxes: torch.Tensor) -> torch.Tensor:
+def token_weights(asked: list[Asked], batch: Batch) -> torch.Tensor:
     """How much each answer token counts, (rows, tokens)."""
-    weights = torch.where(of_boxes, BOX_WEIGHT, 1.0) * (labels != IGNORED)
+    weights = torch.where(batch.of_boxes, BOX_WEIGHT, 1.0) * (batch.labels != IGNORED)
     for row, each in enumerate(asked):
-        numbers = torch.nonzero(of_boxes[row])[:, 0]
+        numbers = torch.nonzero(batch.of_boxes[row])[:, 0]
         if each.any_order:
             weights[row] = 0
             weights[row, numbers] = BOX_WEIGHT
@@ -181,33 +164,26 @@ def token_weights(asked: list[Asked], labels: torch.Tensor, of_boxes: torch.Tens
     return weights
 
 
-def batch_of(processor: CoreSegProcessor, tower: NanoVisionModel, asked: list[Asked]) -> dict[str, torch.Tensor]:
+def batch_of(processor: CoreSegProcessor, tower: NanoVisionModel, asked: list[Asked]) -> Batch:
     """Model inputs and labels; the pictures that the processor needs are blank, and not looked at."""
     blank = np.zeros((FRAME_PX, FRAME_PX, 3), dtype=np.uint8)
     batch = processor([blank] * len(asked), [each.question for each in asked], [each.answer for each in asked])
-    return {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "labels": batch.labels,
-        "of_boxes": batch.of_boxes,
-        "pixel_values": show(tower, [each.layout for each in asked]),
-    }
+    return replace(batch, reasoner_inputs={"pixel_values": show(tower, [each.layout for each in asked])})
 
 
-def last_states(reasoner: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def last_states(reasoner: nn.Module, batch: Batch) -> torch.Tensor:
     """The last hidden states, (rows, tokens, width); in bfloat16 inside, which takes half of the time."""
     with torch.autocast("cpu", torch.bfloat16):
         states: torch.Tensor = reasoner.model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            pixel_values=inputs["pixel_values"],
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, **batch.reasoner_inputs
         ).last_hidden_state
     return states.float()
 
 
-def train(model: CoreSeg, processor: CoreSegProcessor, categories: list[str], options: argparse.Namespace) -> None:
+def train(
+    model: CoreSeg, processor: CoreSegProcessor, categories: list[str], rank: int, options: argparse.Namespace
+) -> None:
     """Spend the budget; the averaged reasoner takes the place of the model's own."""
-    rank = distributed.get_rank() if distributed.is_initialized() else 0
     model.requires_grad_(False)
     copier = Copier(model)
     copier.requires_grad_(True)
@@ -219,17 +195,17 @@ def train(model: CoreSeg, processor: CoreSegProcessor, categories: list[str], op
         rng = np.random.default_rng((options.seed, step, rank))
         torch.manual_seed(int(rng.integers(2**63)))
         asked = [draw_question(categories, options.any_order, rng) for _ in range(BATCH)]
-        inputs = batch_of(processor, tower, asked)
-        states, targets = last_states(copier.reasoner, inputs), inputs["labels"][:, 1:]
+        batch = batch_of(processor, tower, asked)
+        states, targets = last_states(copier.reasoner, batch), batch.labels[:, 1:]
         answers = targets != IGNORED
         each = functional.cross_entropy(
             copier.reasoner.lm_head(states[:, :-1][answers]), targets[answers], reduction="none"
         )
-        weights = token_weights(asked, inputs["labels"], inputs["of_boxes"])[:, 1:]
+        weights = token_weights(asked, batch)[:, 1:]
         loss = (each * weights[answers]).sum() / (100 * BATCH)
         ones = [row for row, each in enumerate(asked) if each.for_one]
         if ones:
-            at_seg = states[torch.tensor(ones), (inputs["input_ids"][ones] == seg).int().argmax(1)]
+            at_seg = states[torch.tensor(ones), (batch.input_ids[ones] == seg).int().argmax(1)]
             wanted = torch.tensor([asked[row].answer.boxes[0] for row in ones])
             read = copier.places(at_seg).view(len(ones), 4, FRAME_PX + 1)
             loss = loss + PLACES_WEIGHT * functional.cross_entropy(read.transpose(1, 2), wanted)
@@ -251,16 +227,12 @@ def states_and_prompts(
     for _ in tqdm(range(draws // BATCH), desc="states"):
         asked = [draw_question(categories, 0.0, rng) for _ in range(BATCH)]
         asked = [each for each in asked if each.kind is None or each.for_one]
-        inputs = batch_of(processor, tower, asked)
-        hidden = last_states(model.reasoner, inputs)
-        at_seg = (inputs["input_ids"] == model.config.seg_token_id).int().argmax(1)
+        batch = batch_of(processor, tower, asked)
+        hidden = last_states(model.reasoner, batch)
+        at_seg = (batch.input_ids == model.config.seg_token_id).int().argmax(1)
         states.append(hidden[torch.arange(len(asked)), at_seg])
-        scale = model.config.segmenter_size_px / FRAME_PX
-        boxes = [scale * torch.tensor(each.answer.boxes[:1]).float() for each in asked]
-        one = torch.tensor([each.for_one for each in asked])
-        told = box_prompts(model.segmenter, boxes)[:, 0]
-        prompts.append(torch.where(one[:, None, None], told, any_lesion_prompt(model.segmenter, len(asked))[:, 0]))
-        single.append(one)
+        prompts.append(own_prompts(model, batch, ["one" if each.for_one else "every" for each in asked]))
+        single.append(torch.tensor([each.for_one for each in asked]))
     return torch.cat(states), torch.cat(prompts), torch.cat(single)
 
 
@@ -268,9 +240,7 @@ def fit_adapter(model: CoreSeg, processor: CoreSegProcessor, categories: list[st
     """The adapter learns to turn the state at `<seg>` into the decoder's own prompt for what was asked."""
     model.requires_grad_(False).eval()
     states, prompts, single = states_and_prompts(model, processor, categories, ADAPTER_DRAWS, seed)
-    model.adapter = fresh_adapter(model.config)
-    model.adapter.start_at(model.segmenter.prompt_encoder.not_a_point_embed.weight.float())
-    model.adapter.centre_on(states)
+    model.restart_adapter(states)
     held_out = len(states) // 10
     optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, ADAPTER_STEPS)
@@ -300,10 +270,10 @@ def read_back(model: CoreSeg, processor: CoreSegProcessor, categories: list[str]
     right: dict[str, list[list[bool]]] = {}
     for _ in range(12):
         asked = [draw_question(categories, 0.0, rng) for _ in range(BATCH)]
-        inputs = batch_of(processor, tower, asked)
-        states = last_states(model.reasoner, inputs)
+        batch = batch_of(processor, tower, asked)
+        states = last_states(model.reasoner, batch)
         for row, each in enumerate(asked):
-            places = torch.nonzero(inputs["of_boxes"][row])[:4, 0]
+            places = torch.nonzero(batch.of_boxes[row])[:4, 0]
             written = [
                 processor.tokenizer.decode([token])
                 for token in model.reasoner.lm_head(states[row, places - 1]).argmax(-1).tolist()
@@ -328,14 +298,13 @@ if __name__ == "__main__":
     parser.add_argument("--adapter", action="store_true", help="at the end teach the adapter too")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if together := "WORLD_SIZE" in os.environ:  # torchrun
-        distributed.init_process_group("gloo")
+    rank = join_group()
     torch.manual_seed(options.seed)
     model, processor = load_parts(options.model)
     samples = [sample for path in options.datasets for sample in LesionSet.open(path).split("train")]
     categories = sorted({sample.category for sample in samples})
-    train(model, processor, categories, options)
-    if not together or distributed.get_rank() == 0:
+    train(model, processor, categories, rank, options)
+    if rank == 0:
         read_back(model, processor, categories)
         if options.adapter:
             fit_adapter(model, processor, categories, options.seed)

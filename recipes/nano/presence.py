@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from readiness import ThirdSentence
 from transformers import LogitsProcessor
 
 from coreseg.data.store import LesionSet
@@ -27,33 +28,23 @@ from coreseg.evaluate.run import evaluate
 
 NOTHING = (" Here", " The")
 """How a third sentence begins that found nothing ("Here nothing unusual …", "The whole picture …")."""
-SENTENCES_BEFORE = 2
 SENSITIVITY = 0.97
 
 
-class BySum(LogitsProcessor):
-    """After `inner`: where the third sentence begins, keeps the words of the likelier side; adds to `odds` by row."""
+class BySum(ThirdSentence):
+    """Keeps the words of the likelier side."""
 
     def __init__(self, inner: LogitsProcessor, nothing: Sequence[int], stop: int, odds: list[float]) -> None:
-        self.inner, self.nothing, self.stop, self.odds = inner, list(nothing), stop, odds
-        self.before: int | None = None
-        self.place = len(odds)
+        self.nothing = list(nothing)
+        super().__init__(inner, stop, odds)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores of the next word."""
-        scores = self.inner(input_ids, scores)
-        if self.before is None:
-            self.before = input_ids.shape[1]
-            self.odds += [float("nan")] * len(input_ids)
-        written = input_ids[:, self.before :]
-        for row, ids in enumerate(written.tolist()):
-            if ids and ids[-1] == self.stop and ids.count(self.stop) == SENTENCES_BEFORE:
-                of_nothing = torch.zeros_like(scores[row], dtype=torch.bool)
-                of_nothing[self.nothing] = True
-                odds = float(scores[row][~of_nothing].logsumexp(0) - scores[row][of_nothing].logsumexp(0))
-                self.odds[self.place + row] = odds
-                scores[row] = scores[row].masked_fill(of_nothing if odds > 0 else ~of_nothing, -torch.inf)
-        return scores
+    def decide(self, scores: torch.Tensor) -> float:
+        """By the sum over all wordings of either side."""
+        of_nothing = torch.zeros_like(scores, dtype=torch.bool)
+        of_nothing[self.nothing] = True
+        odds = float(scores[~of_nothing].logsumexp(0) - scores[of_nothing].logsumexp(0))
+        scores.masked_fill_(of_nothing if odds > 0 else ~of_nothing, -torch.inf)
+        return odds
 
 
 def decide_by_sum(predictor: ModelPredictor) -> list[float]:

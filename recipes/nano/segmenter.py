@@ -11,13 +11,11 @@ weights is what is saved. A run that was stopped goes on from its last checkpoin
 
 import argparse
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from build import IMAGE_SIZE_PX, build_segmenter
-from torch import distributed
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import EdgeTamModel
@@ -27,7 +25,7 @@ from coreseg.masks import lesion_masks, tight_box
 from coreseg.sam2 import any_lesion_prompt, decode_masks, encode_image
 from coreseg.train.augment import augment
 from coreseg.train.collate import stretch_mask
-from coreseg.train.loop import Budget, spend
+from coreseg.train.loop import Budget, join_group, spend
 from coreseg.train.losses import dice_ce
 from coreseg.types import Sample
 
@@ -133,10 +131,7 @@ def freeze_statistics(model: torch.nn.Module) -> None:
 
 def train(sets: list[LesionSet], out: Path, budget: Budget, seed: int) -> None:
     """Spend the budget, and leave the averaged model in `out` for `EdgeTamModel.from_pretrained`."""
-    together = "WORLD_SIZE" in os.environ  # torchrun
-    if together:
-        distributed.init_process_group("gloo")
-    rank = distributed.get_rank() if together else 0
+    rank = join_group()
     torch.manual_seed(seed)
     images, masks, sources = load(sets, "train", SOURCE_PX)
     weights = draw_weights(sources)

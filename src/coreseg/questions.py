@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, Real, UInt8
 from scipy import ndimage
 
 from coreseg.errors import DataError
@@ -282,27 +282,44 @@ def _set_apart(
     lesions: Int[np.ndarray, " lesions"],
 ) -> dict[str, int]:
     """The label that stands out by a clear margin, per kind; kinds in which none does are left out."""
-    height, width = labels.shape
     boxes = ndimage.find_objects(labels)
     rows, columns = np.array([[(a.start, a.stop) for a in boxes[label - 1]] for label in lesions]).transpose(1, 2, 0)
     y, x = np.array(ndimage.center_of_mass(labels > 0, labels, lesions)).T
-    sizes = np.log(areas_px[lesions])
     light = ndimage.mean(image.mean(axis=2), labels, lesions) / 255.0
+    boxes_xyxy = np.stack([columns[0], rows[0], columns[1], rows[1]], axis=1)
+    found = clearly_apart(boxes_xyxy, np.stack([x, y], axis=1), areas_px[lesions], light, 0.08, labels.shape)
+    return {kind: int(lesions[number]) for kind, number in found.items()}
+
+
+def clearly_apart(
+    boxes: Int[np.ndarray, "lesions 4"],
+    centres: Float[np.ndarray, "lesions 2"],
+    areas: Real[np.ndarray, " lesions"],
+    light: Float[np.ndarray, " lesions"],
+    light_margin: float,
+    size_hw: tuple[int, ...],
+) -> dict[str, int]:
+    """Which of two lesions or more stands out by the margins of `attribute_questions`, per kind that one does in.
+
+    Boxes (xyxy) and centres (x, y) in px of a picture of that size; how bright the lesions are, and by how much the
+    brightest and the darkest have to differ from the next, in any unit.
+    """
+    (height, width), (x, y), (x1, y1, x2, y2), sizes = size_hw, centres.T, boxes.T, np.log(areas)
     found = {}
     # Each kind: what must be least, by which margin, and a second measure that must be least for the same lesion.
     for kind, values, margin, check in (
         ("largest", -sizes, np.log(1.5), -sizes),
         ("smallest", sizes, np.log(1.5), sizes),
-        ("left", x, 0.1 * width, columns[0]),
-        ("right", -x, 0.1 * width, -columns[1]),
-        ("upper", y, 0.1 * height, rows[0]),
-        ("lower", -y, 0.1 * height, -rows[1]),
-        ("brightest", -light, 0.08, -light),
-        ("darkest", light, 0.08, light),
+        ("left", x, 0.1 * width, x1),
+        ("right", -x, 0.1 * width, -x2),
+        ("upper", y, 0.1 * height, y1),
+        ("lower", -y, 0.1 * height, -y2),
+        ("brightest", -light, light_margin, -light),
+        ("darkest", light, light_margin, light),
     ):
         first, second = np.argsort(values, kind="stable")[:2]
         if values[second] - values[first] >= margin and np.all(np.delete(check, first) > check[first]):
-            found[kind] = int(lesions[first])
+            found[kind] = int(first)
     return found
 
 

@@ -212,6 +212,14 @@ class CoreSeg(PreTrainedModel):
         masks = self.decode(states[with_mask], present[with_mask], maps, boxes)
         return TrainingOutput(logits, masks, with_mask, states, present)
 
+    @torch.no_grad()
+    def restart_adapter(self, states: Float[torch.Tensor, "states reasoner"]) -> None:
+        """A fresh adapter at the segmenter's "any lesion" prompt, centred on states that it will see."""
+        self.adapter = fresh_adapter(cast(CoreSegConfig, self.config))
+        self.adapter.start_at(self.segmenter.prompt_encoder.not_a_point_embed.weight.float().cpu())
+        self.adapter.centre_on(states.float().cpu())
+        self.adapter.to(self.device)
+
     def probe_states(
         self,
         input_ids: Int[torch.Tensor, "batch tokens"],

@@ -43,6 +43,13 @@ class Budget:
         return max(step / self.steps, minutes / self.minutes)
 
 
+def join_group() -> int:
+    """Join the other processes, where `torchrun` started several; this one's number, 0 where it is alone."""
+    if "WORLD_SIZE" in os.environ:
+        distributed.init_process_group("gloo")
+    return _number()
+
+
 def spend(
     budget: Budget,
     model: nn.Module,
@@ -75,7 +82,7 @@ def spend(
         for name, part in parts.items():
             part.load_state_dict(state[name])
     model.train()
-    first = not distributed.is_initialized() or distributed.get_rank() == 0
+    first = _number() == 0
     minutes = _over_processes(device, clock.minutes, [])
     with tqdm(desc=description, initial=step, unit="step", leave=False, disable=not (progress and first)) as bar:
         while (share := budget.spent(step, minutes)) < 1:
@@ -102,6 +109,10 @@ def spend(
                 with (out / "log.jsonl").open("a") as log:
                     log.write(json.dumps({"step": step, "cpu_minutes": round(minutes, 2), "loss": loss.item()}) + "\n")
     return averaged.module.eval(), step
+
+
+def _number() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def _over_processes(device: torch.device, minutes: float, gradients: list[torch.Tensor]) -> float:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from coreseg.config import SftConfig
 from coreseg.errors import ConfigError, DataError
 from coreseg.model.assemble import load_parts
-from coreseg.model.core_seg import CoreSeg, fresh_adapter
+from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
 from coreseg.sam2 import any_lesion_prompt, box_prompts
 from coreseg.train.collate import Draws, Example, Examples, stretch_mask
@@ -233,7 +233,4 @@ class SftTrainer(StageTrainer):
                 "a fresh adapter is centred on the states of rows with a lesion, and the first "
                 f"{STARTING_ROWS} draws have hardly any; give data with lesions, or fresh_adapter = false"
             )
-        model.adapter = fresh_adapter(model.config)
-        model.adapter.start_at(model.segmenter.prompt_encoder.not_a_point_embed.weight.float().cpu())
-        model.adapter.centre_on(torch.cat(found).cpu())
-        model.adapter.to(self.args.device)
+        model.restart_adapter(torch.cat(found))
