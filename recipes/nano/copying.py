@@ -35,7 +35,8 @@ from coreseg.train.sft import own_prompts
 from coreseg.types import MAX_BOXES, Answer
 
 BATCH = 32
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
+OTHERS_LEARNING_RATE = 1e-3
 FRAME_PX = 256
 BOX_WEIGHT = 4.0
 FIRST_NUMBER_WEIGHT = 40.0
@@ -211,7 +212,9 @@ def train(
             loss = loss + PLACES_WEIGHT * functional.cross_entropy(read.transpose(1, 2), wanted)
         return loss
 
-    groups = [{"params": [p for p in copier.parameters() if p.requires_grad], "lr": LEARNING_RATE}]
+    layers = [p for p in copier.reasoner.model.language_model.layers.parameters() if p.ndim == 2]
+    others = [p for p in copier.parameters() if p.requires_grad and not any(p is each for each in layers)]
+    groups = [{"params": others, "lr": OTHERS_LEARNING_RATE}, {"params": layers, "lr": LEARNING_RATE, "muon": True}]
     averaged, _ = spend(Budget(minutes=options.minutes), copier, groups, loss_of, options.out, description="copying")
     model.reasoner.load_state_dict(averaged.reasoner.state_dict())
 

@@ -10,6 +10,7 @@ from coreseg.masks import lesion_masks, mask_to_boxes
 from coreseg.nano.vision import (
     BUMPS,
     GRID,
+    KIND_WEIGHT,
     MEASURES,
     PLACE_WEIGHT,
     STAND_OUTS,
@@ -124,7 +125,7 @@ def test_a_tower_leaves_specks_out_and_shows_what_stands_out_again(tmp_path: Pat
     assert tokens.shape == (1, config.tokens, config.hidden_size)
     regions, again = tokens[0, GRID**2 : GRID**2 + MAX_BOXES], tokens[0, GRID**2 + MAX_BOXES :]
     kinds = again[:, -len(STAND_OUTS) :]
-    assert torch.equal(kinds, torch.eye(len(STAND_OUTS))) and (regions[:, -len(STAND_OUTS) :] == 0).all()
+    assert torch.equal(kinds, KIND_WEIGHT * torch.eye(len(STAND_OUTS))) and (regions[:, -len(STAND_OUTS) :] == 0).all()
     largest, smallest = again[0, : -len(STAND_OUTS)], again[1, : -len(STAND_OUTS)]
     assert torch.equal(largest, regions[1, : -len(STAND_OUTS)])
     assert torch.equal(smallest, regions[0, : -len(STAND_OUTS)])

@@ -8,17 +8,20 @@ from torch import distributed, nn
 from coreseg.train.loop import Budget, spend
 
 
-def trained(rank: int, processes: int, out: Path) -> None:
-    """Four steps on four fixed numbers a step, dealt to the processes."""
+def trained(rank: int, processes: int, out: Path, stopped_at: int | None = None) -> None:
+    """Four steps on four fixed numbers a step, dealt to the processes; two optimizers."""
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
 
     def loss_of(model: nn.Module, step: int) -> torch.Tensor:
+        if step == stopped_at:
+            raise KeyboardInterrupt
         rows = torch.arange(12.0).view(4, 3) % (step + 2)
         loss: torch.Tensor = model(rows[rank::processes]).square().mean()
         return loss
 
-    averaged, steps = spend(Budget(steps=4), model, [{"params": list(model.parameters()), "lr": 0.1}], loss_of, out)
+    groups = [{"params": [model.bias], "lr": 0.1}, {"params": [model.weight], "lr": 0.1, "muon": True}]
+    averaged, steps = spend(Budget(steps=4), model, groups, loss_of, out)
     assert steps == 4
     torch.save(averaged.state_dict(), out / f"{rank} of {processes}.pt")
 

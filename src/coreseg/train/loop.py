@@ -26,6 +26,7 @@ from coreseg.errors import TrainingError
 from coreseg.train.trainer import Clock
 
 EMA_DECAY = 0.995
+WEIGHT_DECAY = 0.02
 WARMUP_SHARE = 0.05
 SHOW_EVERY = 10
 SAVE_EVERY = 100
@@ -62,6 +63,7 @@ def spend(
 ) -> tuple[nn.Module, int]:
     """Spend the budget on `groups` of parameters, each with its peak "lr"; the averaged model and the steps it took.
 
+    AdamW trains a group, or Muon one that is marked {"muon": True} and holds matrices alone, with AdamW's size of step.
     `loss_of` the model at a step should draw what it draws by the step's number (and by its process's, where there are
     several): then a budget of steps gives the same model whether or not it was stopped in between. Every 100 steps the
     state goes to `out/resume.pt` and the loss to `out/log.jsonl`; training goes on from there, its spent time counted.
@@ -69,12 +71,12 @@ def spend(
     number any more.
     """
     out.mkdir(parents=True, exist_ok=True)
-    peaks = [group["lr"] for group in groups]
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.02, fused=on_gpu)
+    optimizers = _optimizers(groups, on_gpu)
+    peaks = [group["lr"] for optimizer in optimizers.values() for group in optimizer.param_groups]
     averaged = AveragedModel(model, multi_avg_fn=_average)
-    parts: dict[str, Any] = {"model": model, "average": averaged, "optimizer": optimizer}
+    parts: dict[str, Any] = {"model": model, "average": averaged, **optimizers}
     step, clock, checkpoint = 0, Clock(on_gpu), out / "resume.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
@@ -86,15 +88,17 @@ def spend(
     minutes = _over_processes(device, clock.minutes, [])
     with tqdm(desc=description, initial=step, unit="step", leave=False, disable=not (progress and first)) as bar:
         while (share := budget.spent(step, minutes)) < 1:
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            now = (group for optimizer in optimizers.values() for group in optimizer.param_groups)
+            for group, peak in zip(now, peaks, strict=True):
                 group["lr"] = peak * min(1.0, (share + 1e-3) / WARMUP_SHARE) * 0.5 * (1 + math.cos(math.pi * share))
             loss = loss_of(model, step)
             loss.backward()  # type: ignore[no-untyped-call]
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             minutes = _over_processes(device, clock.minutes, gradients)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad()
             averaged.update_parameters(model)
             step += 1
             bar.update()
@@ -126,6 +130,16 @@ def _over_processes(device: torch.device, minutes: float, gradients: list[torch.
     for gradient, mean in zip(gradients, means, strict=True):
         gradient.copy_(mean.view_as(gradient) / distributed.get_world_size())
     return float(total)
+
+
+def _optimizers(groups: list[dict[str, Any]], on_gpu: bool) -> dict[str, torch.optim.Optimizer]:
+    plain, matrices = ([group for group in groups if group.get("muon", False) is muon] for muon in (False, True))
+    made: dict[str, torch.optim.Optimizer] = {}
+    if plain:
+        made["optimizer"] = torch.optim.AdamW(plain, weight_decay=WEIGHT_DECAY, fused=on_gpu)
+    if matrices:
+        made["muon"] = torch.optim.Muon(matrices, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+    return made
 
 
 def _average(averaged: Any, current: Any, count: Any) -> None:
