@@ -45,7 +45,7 @@ PLACES_WEIGHT = 0.25
 LIGHT_MARGIN = 0.3
 """By which the brightest region stands out, in deviations of the picture."""
 ADAPTER_STEPS = 6000
-ADAPTER_DRAWS = 4096
+ADAPTER_DRAWS = 16384
 
 
 @dataclass(frozen=True)
