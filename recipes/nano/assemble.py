@@ -29,9 +29,10 @@ if __name__ == "__main__":
     parser.add_argument("kinds", type=Path)
     parser.add_argument("datasets", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
+    torch.manual_seed(options.seed)
+    rng = np.random.default_rng(options.seed)
     samples = [s for path in options.datasets for s in LesionSet.open(path).split("train")]
     categories = sorted({sample.category for sample in samples})
     questions = [ask(c, rng) for c in categories for _ in range(QUESTIONS_PER_CATEGORY)]

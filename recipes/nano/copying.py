@@ -11,7 +11,8 @@ first number weighs as much as a whole answer. There the state at `<seg>` also l
 read the box off it, and are thrown away. At the end the adapter learns to say it to the mask decoder.
 
 What must be learned is the same for every picture, and thousands of layouts take the time of a few hundred pictures.
-Our choice throughout.
+Muon (Jordan et al., 2024) trains the matrices of the layers: AdamW did not find the look-up of a region by one of its
+numbers, nor by what it stands out by, in several times as long (docs/log.md). Our choice throughout.
 """
 
 import argparse
@@ -59,13 +60,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about a layout. `kind`: what it asks by, if not for all; in `any_order` all boxes are written."""
+    """A question about a layout. `kind`: what it asks by, if not for all; in `any_order` all boxes are written.
+
+    stand_outs: which region is shown as each of `STAND_OUTS`, where that is not what it is.
+    """
 
     layout: Layout
     question: str
     answer: Answer
     kind: str | None
     any_order: bool
+    stand_outs: tuple[int, ...] = ()
 
     @property
     def for_one(self) -> bool:
@@ -113,17 +118,20 @@ def clear_kinds(layout: Layout) -> dict[str, int]:
     return clearly_apart(layout.boxes, centres, layout.area, light, LIGHT_MARGIN, (FRAME_PX, FRAME_PX))
 
 
-def draw_question(categories: list[str], any_order: float, rng: np.random.Generator) -> Asked:
+def draw_question(categories: list[str], any_order: float, rng: np.random.Generator, mixed_up: float = 0.0) -> Asked:
     """A layout, and a question about all of it or about what stands out."""
     layout = draw_layout(rng)
     category = categories[int(rng.integers(len(categories)))]
-    kind, question = None, ask(category, rng)
+    kind, question, shown_as = None, ask(category, rng), ()
     numbers = list(range(len(layout.boxes)))
     if (kinds := clear_kinds(layout)) and rng.random() < 0.75:
         kind = list(kinds)[int(rng.integers(len(kinds)))]
         one = kinds[kind]
         if all_but := kind in ("largest", "smallest") and len(numbers) > 2 and rng.random() < 0.2:
             kind = f"all but {kind}"
+        elif rng.random() < mixed_up:
+            shown_as = tuple(rng.integers(len(numbers), size=len(STAND_OUTS)).tolist())
+            one = shown_as[STAND_OUTS.index(kind)]
         question = ask_for_one(kind, category, rng)
         numbers = [number for number in numbers if (number != one) == all_but]
     if rng.random() < 0.3:
@@ -132,7 +140,7 @@ def draw_question(categories: list[str], any_order: float, rng: np.random.Genera
     if shuffled:
         numbers = rng.permutation(len(layout.boxes)).tolist()
     boxes = tuple(tuple(layout.boxes[number].tolist()) for number in numbers)
-    return Asked(layout, question, Answer(category, boxes, "", found=True), kind, shuffled)
+    return Asked(layout, question, Answer(category, boxes, "", found=True), kind, shuffled, shown_as)
 
 
 class Copier(nn.Module):
@@ -144,11 +152,15 @@ class Copier(nn.Module):
         self.places = nn.Linear(model.reasoner.config.text_config.hidden_size, 4 * (FRAME_PX + 1))
 
 
-def show(tower: NanoVisionModel, layouts: list[Layout]) -> torch.Tensor:
+def show(tower: NanoVisionModel, asked: list[Asked]) -> torch.Tensor:
     """The image tokens of layouts; the grid's features say nothing."""
-    features = tower.config.segmenter_config.vision_config.fpn_hidden_size
-    grid = grid_tokens([torch.randn(len(layouts), features, GRID, GRID)])
-    return tower.tokens(grid, regions_of(layouts, features))
+    features, kinds = tower.config.segmenter_config.vision_config.fpn_hidden_size, len(STAND_OUTS)
+    grid = grid_tokens([torch.randn(len(asked), features, GRID, GRID)])
+    tokens = tower.tokens(grid, regions_of([each.layout for each in asked], features))
+    for row, each in enumerate(asked):
+        if each.stand_outs:
+            tokens[row, -kinds:, :-kinds] = tokens[row, GRID**2 + torch.tensor(each.stand_outs), :-kinds]
+    return tokens
 
 
 def token_weights(asked: list[Asked], batch: Batch) -> torch.Tensor:
@@ -169,7 +181,7 @@ def batch_of(processor: CoreSegProcessor, tower: NanoVisionModel, asked: list[As
     """Model inputs and labels; the pictures that the processor needs are blank, and not looked at."""
     blank = np.zeros((FRAME_PX, FRAME_PX, 3), dtype=np.uint8)
     batch = processor([blank] * len(asked), [each.question for each in asked], [each.answer for each in asked])
-    return replace(batch, reasoner_inputs={"pixel_values": show(tower, [each.layout for each in asked])})
+    return replace(batch, reasoner_inputs={"pixel_values": show(tower, asked)})
 
 
 def last_states(reasoner: nn.Module, batch: Batch) -> torch.Tensor:
@@ -195,7 +207,7 @@ def train(
         copier.reasoner.model.vision_tower.eval()
         rng = np.random.default_rng((options.seed, step, rank))
         torch.manual_seed(int(rng.integers(2**63)))
-        asked = [draw_question(categories, options.any_order, rng) for _ in range(BATCH)]
+        asked = [draw_question(categories, options.any_order, rng, options.mixed_up) for _ in range(BATCH)]
         batch = batch_of(processor, tower, asked)
         states, targets = last_states(copier.reasoner, batch), batch.labels[:, 1:]
         answers = targets != IGNORED
@@ -298,6 +310,13 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=40.0, help="of processor time")
     parser.add_argument("--any-order", type=float, default=0.1, metavar="SHARE", help="of answers in any order")
+    parser.add_argument(
+        "--mixed-up",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of questions for one, with what stands out at random",
+    )
     parser.add_argument("--adapter", action="store_true", help="at the end teach the adapter too")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
