@@ -201,7 +201,7 @@ def train(
     copier = Copier(model)
     copier.requires_grad_(True)
     copier.reasoner.model.vision_tower.requires_grad_(False)
-    tower, seg = model.reasoner.model.vision_tower, model.config.seg_token_id
+    tower = model.reasoner.model.vision_tower
 
     def loss_of(copier: Copier, step: int) -> torch.Tensor:
         copier.reasoner.model.vision_tower.eval()
@@ -218,15 +218,18 @@ def train(
         loss = (each * weights[answers]).sum() / (100 * BATCH)
         ones = [row for row, each in enumerate(asked) if each.for_one]
         if ones:
-            at_seg = states[torch.tensor(ones), (batch.input_ids[ones] == seg).int().argmax(1)]
+            at_seg = states[model.probe_positions(batch.input_ids)][torch.tensor(ones)]
             wanted = torch.tensor([asked[row].answer.boxes[0] for row in ones])
             read = copier.places(at_seg).view(len(ones), 4, FRAME_PX + 1)
             loss = loss + PLACES_WEIGHT * functional.cross_entropy(read.transpose(1, 2), wanted)
         return loss
 
-    layers = [p for p in copier.reasoner.model.language_model.layers.parameters() if p.ndim == 2]
-    others = [p for p in copier.parameters() if p.requires_grad and not any(p is each for each in layers)]
-    groups = [{"params": others, "lr": OTHERS_LEARNING_RATE}, {"params": layers, "lr": LEARNING_RATE, "muon": True}]
+    matrices = {p for p in copier.reasoner.model.language_model.layers.parameters() if p.ndim == 2}
+    trained = [p for p in copier.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p not in matrices], "lr": OTHERS_LEARNING_RATE},
+        {"params": [p for p in trained if p in matrices], "lr": LEARNING_RATE, "muon": True},
+    ]
     averaged, _ = spend(Budget(minutes=options.minutes), copier, groups, loss_of, options.out, description="copying")
     model.reasoner.load_state_dict(averaged.reasoner.state_dict())
 
@@ -244,8 +247,7 @@ def states_and_prompts(
         asked = [each for each in asked if each.kind is None or each.for_one]
         batch = batch_of(processor, tower, asked)
         hidden = last_states(model.reasoner, batch)
-        at_seg = (batch.input_ids == model.config.seg_token_id).int().argmax(1)
-        states.append(hidden[torch.arange(len(asked)), at_seg])
+        states.append(hidden[model.probe_positions(batch.input_ids)])
         prompts.append(own_prompts(model, batch, ["one" if each.for_one else "every" for each in asked]))
         single.append(torch.tensor([each.for_one for each in asked]))
     return torch.cat(states), torch.cat(prompts), torch.cat(single)

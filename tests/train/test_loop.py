@@ -1,4 +1,4 @@
-"""The loop of small models over several processes."""
+"""The loop of small models: over several processes, and through a stop."""
 
 import socket
 from pathlib import Path
