@@ -1,14 +1,15 @@
 """Stage (b), first part: the reasoner learns to write the boxes of the regions it is shown, before it sees any picture.
 
-    python recipes/nano/copying.py MODEL DATASET… --out RUN [--minutes M] [--any-order SHARE] [--adapter]
+    python recipes/nano/copying.py MODEL DATASET… --out RUN [--minutes M] [--seed S]
     torchrun --nproc-per-node 2 recipes/nano/copying.py …            (two processes: their minutes count together)
 
 Layouts of regions are drawn, always fresh, and shown as the tower shows a picture's; the question asks for all of them
-or for what stands out. A box's first number tells which region is meant, the other three follow from it, and learned at
-once neither is found. So there are two runs: in the first (--any-order 1) boxes come in any order, and only the later
-numbers count; in the second (--any-order 0.1) answers are what they will be, and where one of several is asked for its
-first number weighs as much as a whole answer. There the state at `<seg>` also learns which lesion was asked for: heads
-read the box off it, and are thrown away. At the end the adapter learns to say it to the mask decoder.
+or for what stands out. A box's first number tells which region is meant, and the other three follow from it. In half of
+the answers (--any-order) boxes come in any order, and only the later numbers count: they can be learned without knowing
+which region is meant. Where one of several is asked for, its first number weighs as much as a whole answer, and half of
+those layouts (--mixed-up) are shown with any region as the largest, the leftmost and so on: what is asked for must then
+be looked up, and cannot be worked out from the other regions. The state at `<seg>` also learns which lesion was asked
+for: heads read the box off it, and are thrown away. At the end the adapter learns to say it to the mask decoder.
 
 What must be learned is the same for every picture, and thousands of layouts take the time of a few hundred pictures.
 Muon (Jordan et al., 2024) trains the matrices of the layers: AdamW did not find the look-up of a region by one of its
@@ -310,16 +311,15 @@ if __name__ == "__main__":
     parser.add_argument("model", help="a CORE-Seg checkpoint with nano's tower")
     parser.add_argument("datasets", type=Path, nargs="+", help="whose categories are asked for")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=40.0, help="of processor time")
-    parser.add_argument("--any-order", type=float, default=0.1, metavar="SHARE", help="of answers in any order")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of processor time, the adapter's not counted")
+    parser.add_argument("--any-order", type=float, default=0.5, metavar="SHARE", help="of answers in any order")
     parser.add_argument(
         "--mixed-up",
         type=float,
-        default=0.0,
+        default=0.5,
         metavar="SHARE",
         help="of questions for one, with what stands out at random",
     )
-    parser.add_argument("--adapter", action="store_true", help="at the end teach the adapter too")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rank = join_group()
@@ -330,7 +330,6 @@ if __name__ == "__main__":
     train(model, processor, categories, rank, options)
     if rank == 0:
         read_back(model, processor, categories)
-        if options.adapter:
-            fit_adapter(model, processor, categories, options.seed)
+        fit_adapter(model, processor, categories, options.seed)
         model.save_pretrained(options.out / "model")
         processor.save_pretrained(options.out / "model")
