@@ -1,6 +1,5 @@
 """Training examples: a row of a data set, seen anew each time it is drawn, becomes picture, question and answer."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ class Example:
     """One question about one picture with its reference: boxes in the picture's own pixels.
 
     `picture` names the very pixels, where they will be seen again. `asks` says which lesions are wanted, where that is
-    one of several or every lesion that the picture shows.
+    one of several or every lesion that the picture shows: of a category that no picture shows beside another one.
     """
 
     image: UInt8[np.ndarray, "height width 3"]
@@ -52,8 +51,11 @@ class Examples(Dataset[Example]):
         self.rows = rows
         self.config = config
         self._categories = sorted({(sample.anatomy, sample.category) for _, sample in rows})
-        # A picture with several rows shows several kinds of lesion.
-        self._shown = Counter((lesions.root, sample.file_name) for lesions, sample in rows)
+        # A picture with several rows shows several kinds of lesion: asking for one of these is not asking for every one.
+        pictures: dict[tuple[Path, str], set[str]] = {}
+        for lesions, sample in rows:
+            pictures.setdefault((lesions.root, sample.file_name), set()).add(sample.category)
+        self._side_by_side = set().union(*(kinds for kinds in pictures.values() if len(kinds) > 1))
         self._own_words = read_own_words(Path(config.own_words)) if config.own_words else {}
 
     @classmethod
@@ -115,7 +117,7 @@ class Examples(Dataset[Example]):
             image, mask = _changed(image, mask, rng)
         category, reasoning = sample.category, sample.reasoning
         question = self._ask(category, rng)
-        asks: Literal["one", "every"] | None = "every" if self._shown[lesions.root, sample.file_name] == 1 else None
+        asks: Literal["one", "every"] | None = None if category in self._side_by_side else "every"
         attributes = []
         if rng.random() < self.config.attribute_share:
             attributes = attribute_questions(image, mask, category, rng)
