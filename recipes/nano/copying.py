@@ -1,15 +1,17 @@
 """Stage (b), first part: the reasoner learns to write the boxes of the regions it is shown, before it sees any picture.
 
-    python recipes/nano/copying.py MODEL DATASET… --out RUN [--minutes M] [--seed S]
+    python recipes/nano/copying.py MODEL DATASET… --kinds FILE --out RUN [--minutes M] [--seed S]
     torchrun --nproc-per-node 2 recipes/nano/copying.py …            (two processes: their minutes count together)
 
-Layouts of regions are drawn, always fresh, and shown as the tower shows a picture's; the question asks for all of them
-or for what stands out. A box's first number tells which region is meant, and the other three follow from it. In half of
-the answers (--any-order) boxes come in any order, and only the later numbers count: they can be learned without knowing
-which region is meant. Where one of several is asked for, its first number weighs as much as a whole answer, and half of
-those layouts (--mixed-up) are shown with any region as the largest, the leftmost and so on: what is asked for must then
-be looked up, and cannot be worked out from the other regions. The state at `<seg>` also learns which lesion was asked
-for: heads read the box off it, and are thrown away. At the end the adapter learns to say it to the mask decoder.
+Layouts of regions are drawn, always fresh, and shown as the tower shows a picture's; the question asks for all of
+them or for what stands out. A box's first number tells which region is meant, and the other three follow from it. In
+half of the answers (--any-order) boxes come in any order, and only the later numbers count: they can be learned
+without knowing which region is meant. Where one of several is asked for, its first number weighs as much as a whole
+answer, and half of those layouts (--mixed-up) are shown with any region as the largest, the leftmost and so on: what
+is asked for must then be looked up, and cannot be worked out from the other regions. The state at `<seg>` also learns
+what was asked for: heads read box and category off it, and are thrown away. At the end the adapter learns to say it
+to the mask decoder: a box for one of several, for a kind that `kinds.py` learned a prompt for that prompt, else that
+every lesion is meant.
 
 What must be learned is the same for every picture, and thousands of layouts take the time of a few hundred pictures.
 Muon (Jordan et al., 2024) trains the matrices of the layers: AdamW did not find the look-up of a region by one of its
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -43,7 +46,7 @@ FRAME_PX = 256
 BOX_WEIGHT = 4.0
 FIRST_NUMBER_WEIGHT = 40.0
 """Of the number that tells which of several is meant: about what all else in its answer weighs."""
-PLACES_WEIGHT = 0.25
+HEADS_WEIGHT = 0.25
 LIGHT_MARGIN = 0.3
 """By which the brightest region stands out, in deviations of the picture."""
 ADAPTER_STEPS = 6000
@@ -145,12 +148,14 @@ def draw_question(categories: list[str], any_order: float, rng: np.random.Genera
 
 
 class Copier(nn.Module):
-    """The reasoner, and heads that read a box's four numbers off the state at `<seg>`."""
+    """The reasoner, and heads that read a box's four numbers and the category off the state at `<seg>`."""
 
-    def __init__(self, model: CoreSeg) -> None:
+    def __init__(self, model: CoreSeg, categories: int) -> None:
         super().__init__()
+        width = model.reasoner.config.text_config.hidden_size
         self.reasoner = model.reasoner
-        self.places = nn.Linear(model.reasoner.config.text_config.hidden_size, 4 * (FRAME_PX + 1))
+        self.places = nn.Linear(width, 4 * (FRAME_PX + 1))
+        self.category = nn.Linear(width, categories)
 
 
 def show(tower: NanoVisionModel, asked: list[Asked]) -> torch.Tensor:
@@ -199,7 +204,7 @@ def train(
 ) -> None:
     """Spend the budget; the averaged reasoner takes the place of the model's own."""
     model.requires_grad_(False)
-    copier = Copier(model)
+    copier = Copier(model, len(categories))
     copier.requires_grad_(True)
     copier.reasoner.model.vision_tower.requires_grad_(False)
     tower = model.reasoner.model.vision_tower
@@ -217,12 +222,14 @@ def train(
         )
         weights = token_weights(asked, batch)[:, 1:]
         loss = (each * weights[answers]).sum() / (100 * BATCH)
+        at_seg = states[model.probe_positions(batch.input_ids)]
+        named = torch.tensor([categories.index(each.answer.category) for each in asked])
+        loss = loss + HEADS_WEIGHT * functional.cross_entropy(copier.category(at_seg), named)
         ones = [row for row, each in enumerate(asked) if each.for_one]
         if ones:
-            at_seg = states[model.probe_positions(batch.input_ids)][torch.tensor(ones)]
             wanted = torch.tensor([asked[row].answer.boxes[0] for row in ones])
-            read = copier.places(at_seg).view(len(ones), 4, FRAME_PX + 1)
-            loss = loss + PLACES_WEIGHT * functional.cross_entropy(read.transpose(1, 2), wanted)
+            read = copier.places(at_seg[torch.tensor(ones)]).view(len(ones), 4, FRAME_PX + 1)
+            loss = loss + HEADS_WEIGHT * functional.cross_entropy(read.transpose(1, 2), wanted)
         return loss
 
     matrices = {p for p in copier.reasoner.model.language_model.layers.parameters() if p.ndim == 2}
@@ -235,29 +242,41 @@ def train(
     model.reasoner.load_state_dict(averaged.reasoner.state_dict())
 
 
+Prompts = dict[str, torch.Tensor]
+"""Learned prompts for the mask decoder by category, each (tokens, channels)."""
+
+
 @torch.no_grad()
 def states_and_prompts(
-    model: CoreSeg, processor: CoreSegProcessor, categories: list[str], draws: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """States at `<seg>`, the decoder's own prompt for what was asked, and whether it was one of several."""
+    model: CoreSeg, processor: CoreSegProcessor, categories: list[str], kinds: Prompts, draws: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """States at `<seg>`, the prompts for what was asked, and that: "one" of several, "every" one, or a kind's name."""
     rng, tower = np.random.default_rng(seed), model.reasoner.model.vision_tower
     torch.manual_seed(seed)
-    states, prompts, single = [], [], []
+    often = categories + list(kinds) * (len(categories) // max(1, len(kinds)))
+    states: list[torch.Tensor] = []
+    prompts: list[torch.Tensor] = []
+    asks: list[str] = []
     for _ in tqdm(range(draws // BATCH), desc="states"):
-        asked = [draw_question(categories, 0.0, rng) for _ in range(BATCH)]
+        asked = [draw_question(often, 0.0, rng) for _ in range(BATCH)]
         asked = [each for each in asked if each.kind is None or each.for_one]
         batch = batch_of(processor, tower, asked)
-        hidden = last_states(model.reasoner, batch)
-        states.append(hidden[model.probe_positions(batch.input_ids)])
-        prompts.append(own_prompts(model, batch, ["one" if each.for_one else "every" for each in asked]))
-        single.append(torch.tensor([each.for_one for each in asked]))
-    return torch.cat(states), torch.cat(prompts), torch.cat(single)
+        states.append(last_states(model.reasoner, batch)[model.probe_positions(batch.input_ids)])
+        told = own_prompts(model, batch, ["one" if each.for_one else "every" for each in asked])
+        for row, each in enumerate(asked):
+            category = each.answer.category
+            asks.append("one" if each.for_one else category if category in kinds else "every")
+            if asks[-1] in kinds:
+                told[row] = kinds[category]
+        prompts.append(told)
+    return torch.cat(states), torch.cat(prompts), asks
 
 
-def fit_adapter(model: CoreSeg, processor: CoreSegProcessor, categories: list[str], seed: int) -> None:
-    """The adapter learns to turn the state at `<seg>` into the decoder's own prompt for what was asked."""
+def fit_adapter(model: CoreSeg, processor: CoreSegProcessor, categories: list[str], kinds: Prompts, seed: int) -> None:
+    """The adapter learns to turn the state at `<seg>` into the prompt for what was asked."""
     model.requires_grad_(False).eval()
-    states, prompts, single = states_and_prompts(model, processor, categories, ADAPTER_DRAWS, seed)
+    states, prompts, asks = states_and_prompts(model, processor, categories, kinds, ADAPTER_DRAWS, seed)
+    model.adapter.requires_grad_(True)
     model.restart_adapter(states)
     held_out = len(states) // 10
     optimizer = torch.optim.AdamW(model.adapter.parameters(), lr=1e-3)
@@ -276,8 +295,9 @@ def fit_adapter(model: CoreSeg, processor: CoreSegProcessor, categories: list[st
         schedule.step()
     with torch.no_grad():
         far = (said(slice(held_out)) - prompts[:held_out]).square().mean((1, 2)).sqrt()
-    one = single[:held_out]
-    print(f"from the decoder's own prompt: one of several {far[one].mean():.3f}, all {far[~one].mean():.3f}")
+    for kind in ("one", "every", *kinds):
+        rows = torch.tensor([asked == kind for asked in asks[:held_out]])
+        print(f"from the prompt for {kind}: {far[rows].mean():.3f}")
 
 
 @torch.no_grad()
@@ -310,6 +330,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a CORE-Seg checkpoint with nano's tower")
     parser.add_argument("datasets", type=Path, nargs="+", help="whose categories are asked for")
+    parser.add_argument("--kinds", type=Path, required=True, help="the prompts that kinds.py learned")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=30.0, help="of processor time, the adapter's not counted")
     parser.add_argument("--any-order", type=float, default=0.5, metavar="SHARE", help="of answers in any order")
@@ -330,6 +351,6 @@ if __name__ == "__main__":
     train(model, processor, categories, rank, options)
     if rank == 0:
         read_back(model, processor, categories)
-        fit_adapter(model, processor, categories, options.seed)
+        fit_adapter(model, processor, categories, load_file(options.kinds), options.seed)
         model.save_pretrained(options.out / "model")
         processor.save_pretrained(options.out / "model")

@@ -5,8 +5,8 @@
 Boxes and points hardly ever decide on real pictures, whose lesions are mostly of one kind, so a segmenter trained with
 them alone gives the same mask whatever it is prompted with. Here one learned prompt a kind of phantom asks for that
 kind alone; every picture asks for every lesion and, by a box or a point, for one of several, as before: no category of
-a real set enters. The learned prompts are thrown away; what stays is a decoder that listens. The image encoder is
-frozen.
+a real set enters. What stays is a decoder that listens; the learned prompts, in `prompts.safetensors` by kind, are what
+`copying.py` teaches the adapter to say. The image encoder is frozen.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from build import IMAGE_SIZE_PX
+from safetensors.torch import save_file
 from segmenter import load, spatial_prompt, squared
 from transformers import EdgeTamModel
 
@@ -31,8 +32,8 @@ LEARNING_RATE = 5e-4
 PROMPT_DEVIATION = 0.5
 
 
-def two_kind_pictures(sets: list[LesionSet]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each training picture with two categories: (3, side, side) 8 bit, and their masks in order of name."""
+def two_kind_pictures(sets: list[LesionSet]) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Each training picture with two categories: (3, side, side) 8 bit, and their masks by category, sorted by name."""
     for lesions in sets:
         pictures: dict[str, list] = {}
         for sample in lesions.split("train"):
@@ -41,7 +42,7 @@ def two_kind_pictures(sets: list[LesionSet]) -> Iterator[tuple[torch.Tensor, tor
         for rows in pictures.values():
             if len(rows) == 2:
                 rows.sort(key=lambda sample: sample.category)
-                masks = torch.stack([stretch_mask(lesions.mask(sample), IMAGE_SIZE_PX) for sample in rows])
+                masks = {sample.category: stretch_mask(lesions.mask(sample), IMAGE_SIZE_PX) for sample in rows}
                 yield squared(lesions, rows[0])[0], masks
 
 
@@ -51,7 +52,9 @@ def train(segmenter: Path, sets: list[LesionSet], out: Path, minutes: float, see
     model = EdgeTamModel.from_pretrained(segmenter).eval()
     model.requires_grad_(False)
     model.mask_decoder.requires_grad_(True)
-    pairs, kinds = (torch.stack(part) for part in zip(*two_kind_pictures(sets), strict=True))
+    pictures, shown = zip(*two_kind_pictures(sets), strict=True)
+    names = list(shown[0])  # every phantom of two kinds shows these
+    pairs, kinds = torch.stack(pictures), torch.stack([torch.stack([masks[n] for n in names]) for masks in shown])
     images, masks, sources = load(sets, "train")
     counts = {name: sources.count(name) for name in set(sources)}
     weights = np.array([counts[name] ** -0.5 for name in sources])
@@ -80,6 +83,9 @@ def train(segmenter: Path, sets: list[LesionSet], out: Path, minutes: float, see
 
     groups = [{"params": [model.learned, *model.mask_decoder.parameters()], "lr": LEARNING_RATE}]
     averaged, _ = spend(Budget(minutes=minutes), model, groups, loss_of, out, description="kinds")
+    save_file(
+        {name: averaged.learned[number].detach() for number, name in enumerate(names)}, out / "prompts.safetensors"
+    )
     del averaged.learned
     averaged.save_pretrained(out)
 
