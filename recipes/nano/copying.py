@@ -332,7 +332,7 @@ if __name__ == "__main__":
     parser.add_argument("datasets", type=Path, nargs="+", help="whose categories are asked for")
     parser.add_argument("--kinds", type=Path, required=True, help="the prompts that kinds.py learned")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=30.0, help="of processor time, the adapter's not counted")
+    parser.add_argument("--minutes", type=float, default=45.0, help="of processor time, the adapter's not counted")
     parser.add_argument("--any-order", type=float, default=0.5, metavar="SHARE", help="of answers in any order")
     parser.add_argument(
         "--mixed-up",
