@@ -51,7 +51,7 @@ class Examples(Dataset[Example]):
         self.rows = rows
         self.config = config
         self._categories = sorted({(sample.anatomy, sample.category) for _, sample in rows})
-        # A picture with several rows shows several kinds of lesion: asking for one of these is not asking for every one.
+        # Where a picture has several rows, asking for the kind of one is not asking for every lesion.
         pictures: dict[tuple[Path, str], set[str]] = {}
         for lesions, sample in rows:
             pictures.setdefault((lesions.root, sample.file_name), set()).add(sample.category)
