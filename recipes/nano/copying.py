@@ -253,7 +253,7 @@ def states_and_prompts(
     """States at `<seg>`, the prompts for what was asked, and that: "one" of several, "every" one, or a kind's name."""
     rng, tower = np.random.default_rng(seed), model.reasoner.model.vision_tower
     torch.manual_seed(seed)
-    often = categories + list(kinds) * (len(categories) // max(1, len(kinds)))
+    often = categories + list(kinds) * (len(categories) // len(kinds))
     states: list[torch.Tensor] = []
     prompts: list[torch.Tensor] = []
     asks: list[str] = []

@@ -36,8 +36,10 @@ def test_boxes_are_those_of_the_changed_mask(phantoms: Path) -> None:
         assert example.answer.found == bool(example.answer.boxes)
 
 
-@pytest.mark.parametrize("two_kinds", [0.0, 0.5])
-def test_an_example_tells_whether_one_or_every_lesion_is_asked_for(tmp_path: Path, two_kinds: float) -> None:
+@pytest.mark.parametrize(("two_kinds", "asks"), [(0.0, {"one", "every", None}), (0.5, {"one", None})])
+def test_an_example_tells_whether_one_or_every_lesion_is_asked_for(
+    tmp_path: Path, two_kinds: float, asks: set[str | None]
+) -> None:
     """Neither is said of what is not there, of "all but one", and of kinds that some picture shows side by side."""
     phantoms = write_phantom_set(tmp_path, 24, seed=0, size_wh=(96, 80), two_kinds=two_kinds)
     rows = examples(phantoms, attribute_share=0.5, absent_share=0.3)
@@ -47,7 +49,15 @@ def test_an_example_tells_whether_one_or_every_lesion_is_asked_for(tmp_path: Pat
             assert len(example.answer.boxes) == 1
         if not example.answer.found:
             assert example.asks is None
-    assert {example.asks for example in drawn} == {"one", None} | ({"every"} if not two_kinds else set())
+        if example.asks == "every":
+            assert example.answer.found
+    assert {example.asks for example in drawn} == asks
+
+
+def test_one_of_two_rows_of_a_category_is_not_every_lesion(tmp_path: Path) -> None:
+    rows = examples(write_phantom_set(tmp_path, 12, seed=0, size_wh=(48, 40), two_kinds=1.0))
+    alike = Examples([(lesions, replace(sample, category="cyst")) for lesions, sample in rows.rows], rows.config)
+    assert "every" not in {alike[(row, 0)].asks for row in range(len(alike))}
 
 
 def test_what_may_be_there_is_never_called_absent(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Training examples: a row of a data set, seen anew each time it is drawn, becomes picture, question and answer."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ class Example:
     """One question about one picture with its reference: boxes in the picture's own pixels.
 
     `picture` names the very pixels, where they will be seen again. `asks` says which lesions are wanted, where that is
-    one of several or every lesion that the picture shows: of a category that no picture shows beside another one.
+    one of several or every lesion that the picture shows: of a category that has every picture to itself.
     """
 
     image: UInt8[np.ndarray, "height width 3"]
@@ -52,10 +53,8 @@ class Examples(Dataset[Example]):
         self.config = config
         self._categories = sorted({(sample.anatomy, sample.category) for _, sample in rows})
         # Where a picture has several rows, asking for the kind of one is not asking for every lesion.
-        pictures: dict[tuple[Path, str], set[str]] = {}
-        for lesions, sample in rows:
-            pictures.setdefault((lesions.root, sample.file_name), set()).add(sample.category)
-        self._side_by_side = set().union(*(kinds for kinds in pictures.values() if len(kinds) > 1))
+        shown = Counter((lesions.root, sample.file_name) for lesions, sample in rows)
+        self._side_by_side = {sample.category for lesions, sample in rows if shown[lesions.root, sample.file_name] > 1}
         self._own_words = read_own_words(Path(config.own_words)) if config.own_words else {}
 
     @classmethod
