@@ -8,10 +8,13 @@ them or for what stands out. A box's first number tells which region is meant, a
 half of the answers (--any-order) boxes come in any order, and only the later numbers count: they can be learned
 without knowing which region is meant. Where one of several is asked for, its first number weighs as much as a whole
 answer, and half of those layouts (--mixed-up) are shown with any region as the largest, the leftmost and so on: what
-is asked for must then be looked up, and cannot be worked out from the other regions. The state at `<seg>` also learns
-what was asked for: heads read box and category off it, and are thrown away. At the end the adapter learns to say it
-to the mask decoder: a box for one of several, for a kind that `kinds.py` learned a prompt for that prompt, else that
-every lesion is meant.
+is asked for must then be looked up, and cannot be worked out from the other regions. In a second run, from the first
+one's model, most answers (--reasoned) have a reasoning before the boxes, as all have later on. It states what the
+asked boxes tell, so the look-up comes before its first word about them.
+
+The state at `<seg>` also learns what was asked for: heads read box and category off it, and are thrown away. At the
+end the adapter learns to say it to the mask decoder: a box for one of several, for a kind that `kinds.py` learned a
+prompt for that prompt, else that every lesion is meant.
 
 What must be learned is the same for every picture, and thousands of layouts take the time of a few hundred pictures.
 Muon (Jordan et al., 2024) trains the matrices of the layers: AdamW did not find the look-up of a region by one of its
@@ -21,23 +24,27 @@ numbers, nor by what it stands out by, in several times as long (docs/log.md). O
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from coreseg.data.build.describe import in_words
 from coreseg.data.store import LesionSet
 from coreseg.model.assemble import load_parts
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
 from coreseg.nano.vision import GRID, STAND_OUTS, NanoVisionModel, Regions, grid_tokens
 from coreseg.questions import among_other_words, ask, ask_for_one, clearly_apart
+from coreseg.sentences import VALUES
+from coreseg.statements import measure_all
 from coreseg.train.loop import Budget, join_group, spend
-from coreseg.train.sft import own_prompts
-from coreseg.types import MAX_BOXES, Answer
+from coreseg.train.sft import Prompts, own_prompts, read_kind_prompts
+from coreseg.types import MAX_BOXES, Answer, Box
 
 BATCH = 32
 LEARNING_RATE = 2e-3
@@ -51,6 +58,14 @@ LIGHT_MARGIN = 0.3
 """By which the brightest region stands out, in deviations of the picture."""
 ADAPTER_STEPS = 6000
 ADAPTER_DRAWS = 16384
+
+
+class Subject(NamedTuple):
+    """What can be asked for, and the kind of picture that its reasoning tells of: one, though there may be more."""
+
+    category: str
+    modality: str
+    anatomy: str
 
 
 @dataclass(frozen=True)
@@ -122,10 +137,17 @@ def clear_kinds(layout: Layout) -> dict[str, int]:
     return clearly_apart(layout.boxes, centres, layout.area, light, LIGHT_MARGIN, (FRAME_PX, FRAME_PX))
 
 
-def draw_question(categories: list[str], any_order: float, rng: np.random.Generator, mixed_up: float = 0.0) -> Asked:
+def draw_question(
+    subjects: list[Subject],
+    rng: np.random.Generator,
+    any_order: float = 0.0,
+    mixed_up: float = 0.0,
+    reasoned: bool = False,
+) -> Asked:
     """A layout, and a question about all of it or about what stands out."""
     layout = draw_layout(rng)
-    category = categories[int(rng.integers(len(categories)))]
+    subject = subjects[int(rng.integers(len(subjects)))]
+    category = subject.category
     kind, question, shown_as = None, ask(category, rng), ()
     numbers = list(range(len(layout.boxes)))
     if (kinds := clear_kinds(layout)) and rng.random() < 0.75:
@@ -144,7 +166,20 @@ def draw_question(categories: list[str], any_order: float, rng: np.random.Genera
     if shuffled:
         numbers = rng.permutation(len(layout.boxes)).tolist()
     boxes = tuple(tuple(layout.boxes[number].tolist()) for number in numbers)
-    return Asked(layout, question, Answer(category, boxes, "", found=True), kind, shuffled, shown_as)
+    reasoning = reason(boxes, subject, rng) if reasoned else ""
+    return Asked(layout, question, Answer(category, boxes, reasoning, found=True), kind, shuffled, shown_as)
+
+
+def reason(boxes: tuple[Box, ...], subject: Subject, rng: np.random.Generator) -> str:
+    """The measured description as far as boxes tell: number and place of the regions, size and shape of the largest."""
+    mask = Image.new("1", (FRAME_PX, FRAME_PX))
+    for x1, y1, x2, y2 in boxes:
+        ImageDraw.Draw(mask).ellipse((x1, y1, x2 - 1, y2 - 1), fill=1)
+    measured = measure_all(np.zeros((FRAME_PX, FRAME_PX, 3), dtype=np.uint8), np.asarray(mask))
+    values = {kind: measured[kind] for kind in ("side", "place", "size", "shape") if kind in measured}
+    # Where they overlap there are more regions than connected parts.
+    values["count"] = VALUES["count"][min(len(boxes), 5)]
+    return in_words(values, subject.modality, subject.anatomy, subject.category, rng)
 
 
 class Copier(nn.Module):
@@ -200,9 +235,10 @@ def last_states(reasoner: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def train(
-    model: CoreSeg, processor: CoreSegProcessor, categories: list[str], rank: int, options: argparse.Namespace
+    model: CoreSeg, processor: CoreSegProcessor, subjects: list[Subject], rank: int, options: argparse.Namespace
 ) -> None:
     """Spend the budget; the averaged reasoner takes the place of the model's own."""
+    categories = sorted({subject.category for subject in subjects})
     model.requires_grad_(False)
     copier = Copier(model, len(categories))
     copier.requires_grad_(True)
@@ -213,7 +249,10 @@ def train(
         copier.reasoner.model.vision_tower.eval()
         rng = np.random.default_rng((options.seed, step, rank))
         torch.manual_seed(int(rng.integers(2**63)))
-        asked = [draw_question(categories, options.any_order, rng, options.mixed_up) for _ in range(BATCH)]
+        # Rows with a reasoning are twice as long, so they come together; none of them counts in part.
+        reasoned = bool(rng.random() < options.reasoned)
+        any_order = 0.0 if reasoned else options.any_order
+        asked = [draw_question(subjects, rng, any_order, options.mixed_up, reasoned) for _ in range(BATCH)]
         batch = batch_of(processor, tower, asked)
         states, targets = last_states(copier.reasoner, batch), batch.labels[:, 1:]
         answers = targets != IGNORED
@@ -242,40 +281,35 @@ def train(
     model.reasoner.load_state_dict(averaged.reasoner.state_dict())
 
 
-Prompts = dict[str, torch.Tensor]
-"""Learned prompts for the mask decoder by category, each (tokens, channels)."""
-
-
 @torch.no_grad()
 def states_and_prompts(
-    model: CoreSeg, processor: CoreSegProcessor, categories: list[str], kinds: Prompts, draws: int, seed: int
+    model: CoreSeg, processor: CoreSegProcessor, subjects: list[Subject], kinds: Prompts, draws: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """States at `<seg>`, the prompts for what was asked, and that: "one" of several, "every" one, or a kind's name."""
     rng, tower = np.random.default_rng(seed), model.reasoner.model.vision_tower
     torch.manual_seed(seed)
-    often = categories + list(kinds) * (len(categories) // len(kinds))
+    often = subjects + [each for each in subjects if each.category in kinds] * (len(subjects) // len(kinds))
     states: list[torch.Tensor] = []
     prompts: list[torch.Tensor] = []
     asks: list[str] = []
-    for _ in tqdm(range(draws // BATCH), desc="states"):
-        asked = [draw_question(often, 0.0, rng) for _ in range(BATCH)]
+    for number in tqdm(range(draws // BATCH), desc="states"):
+        asked = [draw_question(often, rng, reasoned=number % 2 == 0) for _ in range(BATCH)]
         asked = [each for each in asked if each.kind is None or each.for_one]
         batch = batch_of(processor, tower, asked)
         states.append(last_states(model.reasoner, batch)[model.probe_positions(batch.input_ids)])
-        told = own_prompts(model, batch, ["one" if each.for_one else "every" for each in asked])
-        for row, each in enumerate(asked):
-            category = each.answer.category
-            asks.append("one" if each.for_one else category if category in kinds else "every")
-            if asks[-1] in kinds:
-                told[row] = kinds[category]
-        prompts.append(told)
+        named = ["one" if each.for_one else each.answer.category for each in asked]
+        named = [ask if ask == "one" or ask in kinds else "every" for ask in named]
+        prompts.append(own_prompts(model, batch, named, kinds))
+        asks += named
     return torch.cat(states), torch.cat(prompts), asks
 
 
-def fit_adapter(model: CoreSeg, processor: CoreSegProcessor, categories: list[str], kinds: Prompts, seed: int) -> None:
+def fit_adapter(
+    model: CoreSeg, processor: CoreSegProcessor, subjects: list[Subject], kinds: Prompts, seed: int
+) -> None:
     """The adapter learns to turn the state at `<seg>` into the prompt for what was asked."""
     model.requires_grad_(False).eval()
-    states, prompts, asks = states_and_prompts(model, processor, categories, kinds, ADAPTER_DRAWS, seed)
+    states, prompts, asks = states_and_prompts(model, processor, subjects, kinds, ADAPTER_DRAWS, seed)
     model.adapter.requires_grad_(True)
     model.restart_adapter(states)
     held_out = len(states) // 10
@@ -301,13 +335,17 @@ def fit_adapter(model: CoreSeg, processor: CoreSegProcessor, categories: list[st
 
 
 @torch.no_grad()
-def read_back(model: CoreSeg, processor: CoreSegProcessor, categories: list[str]) -> None:
-    """Print what is written of fresh layouts, given the right answer so far: numbers within 4 px, by what was asked."""
+def read_back(model: CoreSeg, processor: CoreSegProcessor, subjects: list[Subject]) -> None:
+    """Print what is written of fresh layouts, given the right answer so far: numbers within 4 px, by what was asked.
+
+    First of answers without reasoning, then of those with one; after a right reasoning the first number is half said.
+    """
     rng, tower = np.random.default_rng(12345), model.reasoner.model.vision_tower
     torch.manual_seed(0)
-    right: dict[str, list[list[bool]]] = {}
-    for _ in range(12):
-        asked = [draw_question(categories, 0.0, rng) for _ in range(BATCH)]
+    right: dict[tuple[bool, str], list[list[bool]]] = {}
+    for number in range(24):
+        reasoned = number >= 12
+        asked = [draw_question(subjects, rng, reasoned=reasoned) for _ in range(BATCH)]
         batch = batch_of(processor, tower, asked)
         states = last_states(model.reasoner, batch)
         for row, each in enumerate(asked):
@@ -320,10 +358,10 @@ def read_back(model: CoreSeg, processor: CoreSegProcessor, categories: list[str]
                 text.strip().isdigit() and abs(int(text) - number) <= 4
                 for text, number in zip(written, each.answer.boxes[0], strict=True)
             ]
-            right.setdefault(each.kind or "plain", []).append(near)
-    for kind, near in sorted(right.items()):
+            right.setdefault((reasoned, each.kind or "plain"), []).append(near)
+    for (reasoned, kind), near in sorted(right.items()):
         shares = " ".join(f"{share:4.0f}" for share in 100 * np.mean(near, axis=0))
-        print(f"{kind:16} {len(near):4} questions: {shares}")
+        print(f"{'reasoned' if reasoned else 'short':9}{kind:16} {len(near):4} questions: {shares}")
 
 
 if __name__ == "__main__":
@@ -341,16 +379,18 @@ if __name__ == "__main__":
         metavar="SHARE",
         help="of questions for one, with what stands out at random",
     )
+    parser.add_argument("--reasoned", type=float, default=0.0, metavar="SHARE", help="of batches with a reasoning")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rank = join_group()
     torch.manual_seed(options.seed)
     model, processor = load_parts(options.model)
     samples = [sample for path in options.datasets for sample in LesionSet.open(path).split("train")]
-    categories = sorted({sample.category for sample in samples})
-    train(model, processor, categories, rank, options)
+    by_category = {each.category: Subject(each.category, each.modality, each.anatomy) for each in samples}
+    subjects = [by_category[category] for category in sorted(by_category)]
+    train(model, processor, subjects, rank, options)
     if rank == 0:
-        read_back(model, processor, categories)
-        fit_adapter(model, processor, categories, load_file(options.kinds), options.seed)
+        read_back(model, processor, subjects)
+        fit_adapter(model, processor, subjects, read_kind_prompts(options.kinds), options.seed)
         model.save_pretrained(options.out / "model")
         processor.save_pretrained(options.out / "model")

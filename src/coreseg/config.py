@@ -141,6 +141,8 @@ class SftConfig(StageConfig):
     fresh_adapter: start the adapter anew, centred on the states it will see; for one that no mask loss has trained.
     prompt_weight: of the prompt loss: where one of several lesions is asked for, the adapter is told the mask decoder's
     own prompt for that lesion's box, and where every lesion is, its "any lesion" prompt. For segmenters that know both.
+    kind_prompts: a safetensors file of prompts that the decoder has learned, by category: what the adapter is told
+    where a category is asked for that pictures show beside others.
     """
 
     text_weight: float = 1.0
@@ -148,6 +150,7 @@ class SftConfig(StageConfig):
     box_spread: float = 0.0
     fresh_adapter: bool = False
     prompt_weight: float = 0.0
+    kind_prompts: str | None = None
 
     @property
     def trains_adapter(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from coreseg.config import SftConfig
 from coreseg.data.store import LesionSet, copy_rows, new_set, write_set
@@ -20,9 +20,19 @@ from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import CoreSegProcessor
 from coreseg.nano.vision import NanoVisionModel
 from coreseg.segmenter import Segmenter
+from coreseg.testing import write_phantom_set
 from coreseg.train import trainer as stages
 from coreseg.train.collate import Draws, Examples
-from coreseg.train.sft import USUAL_TOKENS, Collator, NearNumbers, SftTrainer, own_prompts, text_loss, train_sft
+from coreseg.train.sft import (
+    USUAL_TOKENS,
+    Collator,
+    NearNumbers,
+    SftTrainer,
+    own_prompts,
+    read_kind_prompts,
+    text_loss,
+    train_sft,
+)
 from coreseg.train.trainer import prepare, save_checkpoint
 from coreseg.types import Answer
 
@@ -130,18 +140,47 @@ def test_what_is_kept_of_pictures_trains_as_pixels_do(
 
 
 def test_the_adapter_is_told_the_decoders_own_prompts(nano: Path, phantoms: Path, tmp_path: Path) -> None:
-    """A box for one of several, "any lesion" for every one; rows that ask neither say nothing."""
+    """A box for one of several, "any lesion" for every one, a kind's own; rows that ask none of these say nothing."""
     model, processor = load_parts(nano)
     image = np.zeros((64, 64, 3), dtype=np.uint8)
     box, side = (8, 4, 40, 30), model.config.segmenter_size_px
     answer = Answer("cyst", (box,), "", found=True)
-    batch = processor([image] * 3, ["Where?"] * 3, [answer] * 3)
-    told = own_prompts(model, batch, ["every", None, "one"])
+    batch = processor([image] * 4, ["Where?"] * 4, [answer] * 4)
     prompts = model.segmenter.prompt_encoder
+    learned = torch.randn(3, prompts.not_a_point_embed.weight.shape[1])
+    told = own_prompts(model, batch, ["every", None, "one", "cyst"], {"cyst": learned})
     as_box, _ = prompts(
         input_points=None, input_labels=None, input_boxes=side / 64 * torch.tensor([[box]]).float(), input_masks=None
     )
-    assert torch.equal(told, torch.stack([prompts.not_a_point_embed.weight.expand(3, -1), as_box[0, 0]]))
+    assert torch.equal(told, torch.stack([prompts.not_a_point_embed.weight.expand(3, -1), as_box[0, 0], learned]))
+
+
+def test_only_kinds_with_a_learned_prompt_are_told_one(nano: Path, tmp_path: Path) -> None:
+    pairs = write_phantom_set(tmp_path / "pairs", 12, seed=0, size_wh=(48, 40), two_kinds=1.0)
+    rows = Examples.open(settings(nano, pairs, tmp_path / "run", attribute_share=0.0), "train")
+    _, processor = load_parts(nano)
+    drawn = [example for row in range(len(rows)) if (example := rows[(row, 0)]).answer.found]
+    assert {(example.asks, example.answer.category) for example in drawn} == {("kind", "cyst"), ("kind", "nodule")}
+    learned = {"cyst": torch.zeros(3, 8)}
+    for example, asks in zip(drawn, Collator(processor, learned)(drawn)["asks"], strict=True):
+        assert asks == ("cyst" if example.answer.category == "cyst" else None)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "complaint"), [({"cyst": (2, 8)}, r"'cyst' has the shape \(2, 8\)"), (None, "cannot be read")]
+)
+def test_a_file_without_prompts_is_refused(
+    tmp_path: Path, prompts: dict[str, tuple[int, int]] | None, complaint: str
+) -> None:
+    path = tmp_path / "prompts.safetensors"
+    if prompts is None:
+        path.write_text("no tensors")
+    else:
+        save_file({category: torch.zeros(shape) for category, shape in prompts.items()}, path)
+    with pytest.raises(ConfigError, match=complaint):
+        read_kind_prompts(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_kind_prompts(tmp_path / "nowhere")
 
 
 def test_a_prompt_loss_alone_teaches_the_adapter(nano: Path, phantoms: Path, tmp_path: Path) -> None:
@@ -231,8 +270,6 @@ def test_only_a_boxs_numbers_have_near_ones(nano: Path) -> None:
 
 
 def weights_after(config: SftConfig) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     train_sft(config)
     last = max(Path(config.out).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     return load_file(last / "model.safetensors")
@@ -346,8 +383,6 @@ def test_half_a_checkpoint_is_passed_over(nano: Path, phantoms: Path, tmp_path: 
 
 
 def test_a_checkpoint_of_another_model_is_refused(nano: Path, phantoms: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     config = settings(nano, phantoms, tmp_path / "run", steps=2, save_every=1)
     train_sft(config)
     (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").unlink()

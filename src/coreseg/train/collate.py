@@ -23,13 +23,16 @@ from coreseg.sentences import pick
 from coreseg.train.augment import augment
 from coreseg.types import Answer, Sample
 
+Asks = Literal["one", "every", "kind"]
+
 
 @dataclass(frozen=True)
 class Example:
     """One question about one picture with its reference: boxes in the picture's own pixels.
 
-    `picture` names the very pixels, where they will be seen again. `asks` says which lesions are wanted, where that is
-    one of several or every lesion that the picture shows: of a category that has every picture to itself.
+    `picture` names the very pixels, where they will be seen again. `asks` says which lesions are wanted: one of
+    several; every lesion that the picture shows; or those of a kind, which is a category that shares a picture with
+    other rows.
     """
 
     image: UInt8[np.ndarray, "height width 3"]
@@ -37,7 +40,7 @@ class Example:
     question: str
     answer: Answer
     picture: str | None = None
-    asks: Literal["one", "every"] | None = None
+    asks: Asks | None = None
 
 
 class Examples(Dataset[Example]):
@@ -116,7 +119,7 @@ class Examples(Dataset[Example]):
             image, mask = _changed(image, mask, rng)
         category, reasoning = sample.category, sample.reasoning
         question = self._ask(category, rng)
-        asks: Literal["one", "every"] | None = None if category in self._side_by_side else "every"
+        asks: Asks | None = "kind" if category in self._side_by_side else "every"
         attributes = []
         if rng.random() < self.config.attribute_share:
             attributes = attribute_questions(image, mask, category, rng)

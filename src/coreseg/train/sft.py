@@ -8,13 +8,15 @@ made from scratch, whose adapter otherwise learns one prompt for every question 
 the embedding and output matrices trains beside LoRA; a rank of 0 trains the whole language model (for such reasoners).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
@@ -55,6 +57,7 @@ def train_sft(config: SftConfig) -> Path:
             f"setting prompt_weight is {config.prompt_weight}; expected 0, since this model's prompts have "
             f"{model.config.adapter_queries} tokens and the mask decoder's own have {PROMPT_TOKENS}"
         )
+    kinds = read_kind_prompts(Path(config.kind_prompts)) if config.kind_prompts else {}
     prepare(model, config)
     out = claim(config)
     trainer = SftTrainer(
@@ -63,18 +66,41 @@ def train_sft(config: SftConfig) -> Path:
         processor=processor,
         validation=validation,
         train_dataset=examples,
-        data_collator=Collator(processor),
+        data_collator=Collator(processor, kinds),
     )
     if config.fresh_adapter and not last_checkpoint(out):
         trainer.start_adapter()
     return trainer.to_the_end()
 
 
+Prompts = Mapping[str, Float[torch.Tensor, "tokens channels"]]
+"""Prompts that a mask decoder learned, by category."""
+
+
+def read_kind_prompts(path: Path) -> Prompts:
+    """The learned prompts of a safetensors file; raises ConfigError where it is anything else."""
+    try:
+        prompts = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"setting kind_prompts is {str(path)!r}, which cannot be read: {error}") from error
+    for category, prompt in prompts.items():
+        if prompt.ndim != 2 or len(prompt) != PROMPT_TOKENS:
+            raise ConfigError(
+                f"setting kind_prompts is {str(path)!r}, whose {category!r} has the shape {tuple(prompt.shape)}; "
+                f"expected {PROMPT_TOKENS} tokens, as the prompts of kinds.py are"
+            )
+    return prompts
+
+
 @dataclass(frozen=True)
 class Collator:
-    """Examples to model inputs: the processor's batch, and the reference masks at the segmenter's size."""
+    """Examples to model inputs: the processor's batch, the reference masks at the segmenter's size, and what is asked.
+
+    That is None, "one", "every" or one of `kinds`: categories that the mask decoder has learned prompts for.
+    """
 
     processor: CoreSegProcessor
+    kinds: Prompts = field(default_factory=dict)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """One batch as keyword arguments of `SftTrainer.compute_loss`."""
@@ -82,7 +108,8 @@ class Collator:
             [e.image for e in examples], [e.question for e in examples], [e.answer for e in examples]
         )
         masks = torch.stack([self.reference(e) for e in examples])
-        asks = [e.asks for e in examples]
+        of_kinds = [e.answer.category if e.answer.category in self.kinds else None for e in examples]
+        asks = [of_kind if e.asks == "kind" else e.asks for e, of_kind in zip(examples, of_kinds, strict=True)]
         return {"batch": batch, "masks": masks, "pictures": [e.picture for e in examples], "asks": asks}
 
     def reference(self, example: Example) -> Float[torch.Tensor, "side side"]:
@@ -150,18 +177,20 @@ def text_loss(
 
 @torch.no_grad()
 def own_prompts(
-    model: CoreSeg, batch: Batch, asks: Sequence[str | None]
+    model: CoreSeg, batch: Batch, asks: Sequence[str | None], kinds: Prompts
 ) -> Float[torch.Tensor, "asked tokens channels"]:
     """The mask decoder's own prompts for what these rows ask, without those whose `asks` is None.
 
-    A box for "one", as people would draw it, and for "every" the "any lesion" prompt that nano's segmenter was trained
-    with. Our choice throughout.
+    A box for "one", as people would draw it; for "every" the "any lesion" prompt that nano's segmenter was trained
+    with; for one of `kinds` what the decoder learned of it. Our choice throughout.
     """
-    asked = [row for row, each in enumerate(asks) if each]
+    asked = [(row, each) for row, each in enumerate(asks) if each]
     prompts = any_lesion_prompt(model.segmenter, len(asked))[:, 0].clone()
-    for place, row in enumerate(asked):
-        if asks[row] == "one":
+    for place, (row, each) in enumerate(asked):
+        if each == "one":
             prompts[place] = box_prompts(model.segmenter, [batch.segmenter_boxes[row][:1]])[0, 0]
+        elif each in kinds:
+            prompts[place] = kinds[each].to(prompts)
     return prompts
 
 
@@ -201,7 +230,7 @@ class SftTrainer(StageTrainer):
             self.note(mask_loss=mask)
         if self.settings.prompt_weight and any(inputs["asks"]):
             core = next(part for part in model.modules() if isinstance(part, CoreSeg))
-            told = own_prompts(core, batch, inputs["asks"])
+            told = own_prompts(core, batch, inputs["asks"], cast(Collator, self.data_collator).kinds)
             rows = torch.tensor([asks is not None for asks in inputs["asks"]], device=told.device)
             said = core.adapter(output.states[rows], output.present[rows])
             prompt = functional.mse_loss(said.float(), told.float())
