@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from scripted import PartlySilent, settings, trainer_of
 
 from coreseg.config import SftConfig
@@ -83,3 +84,4 @@ if __name__ == "__main__":
     weights = step_all(*sys.argv[1:4], rows=int(sys.argv[4]))
     if int(os.environ["RANK"]) == 0:
         torch.save(weights, Path(sys.argv[3]) / "weights.pt")
+    PartialState().destroy_process_group()

@@ -8,6 +8,7 @@ are averaged, their times added up.
 Our choice throughout.
 """
 
+import atexit
 import io
 import json
 import math
@@ -48,6 +49,7 @@ def join_group() -> int:
     """Join the other processes, where `torchrun` started several; this one's number, 0 where it is alone."""
     if "WORLD_SIZE" in os.environ:
         distributed.init_process_group("gloo")
+        atexit.register(distributed.destroy_process_group)  # else gloo's threads may abort a process that is done
     return _number()
 
 

@@ -191,6 +191,7 @@ class StageTrainer(Trainer):
             part = out / "best.part"
             save_checkpoint(self.accelerator.unwrap_model(self.model), self.processor, part)
             part.rename(out / "best")
+        self.accelerator.end_training()  # leaves the group: else its threads may abort a process that is done
         return out
 
     def note(self, **figures: float | torch.Tensor) -> None:
