@@ -8,9 +8,12 @@ them or for what stands out. A box's first number tells which region is meant, a
 half of the answers (--any-order) boxes come in any order, and only the later numbers count: they can be learned
 without knowing which region is meant. Where one of several is asked for, its first number weighs as much as a whole
 answer, and half of those layouts (--mixed-up) are shown with any region as the largest, the leftmost and so on: what
-is asked for must then be looked up, and cannot be worked out from the other regions. In a second run, from the first
-one's model, most answers (--reasoned) have a reasoning before the boxes, as all have later on. It states what the
-asked boxes tell, so the look-up comes before its first word about them.
+is asked for must then be looked up, and cannot be worked out from the other regions.
+
+In a second run, from the first one's model, most answers (--reasoned) have a reasoning before the boxes, as all have
+later on. It states what the asked boxes tell, so the look-up comes before its first word about them. The layouts then
+stand in grids of training pictures, which say what kind of picture it is; in a quarter of the questions something is
+asked for that such a picture does not show. In a first run the grids are noise: what to do with them comes later.
 
 The state at `<seg>` also learns what was asked for: heads read box and category off it, and are thrown away. At the
 end the adapter learns to say it to the mask decoder: a box for one of several, for a kind that `kinds.py` learned a
@@ -22,13 +25,16 @@ numbers, nor by what it stands out by, in several times as long (docs/log.md). O
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from absent import NEAR
 from PIL import Image, ImageDraw
+from readiness import SENTENCES_BEFORE
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -37,9 +43,10 @@ from coreseg.data.build.describe import in_words
 from coreseg.data.store import LesionSet
 from coreseg.model.assemble import load_parts
 from coreseg.model.core_seg import CoreSeg
-from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
+from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor, stretch_image
 from coreseg.nano.vision import GRID, STAND_OUTS, NanoVisionModel, Regions, grid_tokens
 from coreseg.questions import among_other_words, ask, ask_for_one, clearly_apart
+from coreseg.sam2 import encode_image
 from coreseg.sentences import VALUES
 from coreseg.statements import measure_all
 from coreseg.train.loop import Budget, join_group, spend
@@ -56,16 +63,23 @@ FIRST_NUMBER_WEIGHT = 40.0
 HEADS_WEIGHT = 0.25
 LIGHT_MARGIN = 0.3
 """By which the brightest region stands out, in deviations of the picture."""
+ABSENT_SHARE = 0.25
+"""Of the questions about real grids: whether it is there is told from the grid alone."""
 ADAPTER_STEPS = 6000
 ADAPTER_DRAWS = 16384
 
 
-class Subject(NamedTuple):
-    """What can be asked for, and the kind of picture that its reasoning tells of: one, though there may be more."""
+class Picture(NamedTuple):
+    """What a training picture shows, and the tokens of its grid, (cells, channels); without them it is noise."""
 
     category: str
     modality: str
     anatomy: str
+    grid: torch.Tensor | None = None
+
+
+Pictures = dict[str, list[Picture]]
+"""Training pictures by category."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,7 @@ class Asked:
     stand_outs: which region is shown as each of `STAND_OUTS`, where that is not what it is.
     """
 
+    picture: Picture
     layout: Layout
     question: str
     answer: Answer
@@ -129,6 +144,23 @@ def regions_of(layouts: list[Layout], features: int) -> Regions:
     return Regions(there, boxes, colours, functional.normalize(alike, dim=-1).flatten(2), area)
 
 
+@torch.no_grad()
+def look_at(model: CoreSeg, sets: list[LesionSet], blank: bool) -> Pictures:
+    """What all training pictures with a lesion show, and their grids; where `blank`, one a category without."""
+    tower = model.reasoner.model.vision_tower.eval()
+    rows = [(lesions, sample) for lesions in sets for sample in lesions.split("train") if sample.boxes]
+    pictures: Pictures = {category: [] for category in sorted({sample.category for _, sample in rows})}
+    for lesions, sample in tqdm(rows, desc="pictures", disable=blank):
+        shown = pictures[sample.category]
+        if blank:
+            shown[:] = [Picture(sample.category, sample.modality, sample.anatomy)]
+            continue
+        pixels = (stretch_image(lesions.image(sample), FRAME_PX) - 0.5) / 0.5
+        maps = encode_image(tower.segmenter, pixels.contiguous(memory_format=torch.channels_last))
+        shown.append(Picture(sample.category, sample.modality, sample.anatomy, grid_tokens(maps)[0].half()))
+    return pictures
+
+
 def clear_kinds(layout: Layout) -> dict[str, int]:
     """What stands out by the margins of `coreseg.questions.attribute_questions`, and which region it is."""
     if len(layout.boxes) < 2:
@@ -138,16 +170,27 @@ def clear_kinds(layout: Layout) -> dict[str, int]:
 
 
 def draw_question(
-    subjects: list[Subject],
+    pictures: Pictures,
     rng: np.random.Generator,
     any_order: float = 0.0,
     mixed_up: float = 0.0,
     reasoned: bool = False,
+    absent: float = 0.0,
+    categories: list[str] | None = None,
 ) -> Asked:
-    """A layout, and a question about all of it or about what stands out."""
+    """A layout in the place of a picture's lesions, and a question about all of it or about what stands out.
+
+    absent: share of questions for what the picture does not show.   categories: of `pictures`, all where not given.
+    """
     layout = draw_layout(rng)
-    subject = subjects[int(rng.integers(len(subjects)))]
-    category = subject.category
+    category = one_of(categories or list(pictures), rng)
+    picture = one_of(pictures[category], rng)
+    if rng.random() < absent:
+        near = NEAR.get(category)
+        category = near if near and rng.random() < 0.5 else one_of(elsewhere(picture, pictures), rng)
+        text = in_words({"count": "none"}, picture.modality, picture.anatomy, category, rng) if reasoned else ""
+        answer = Answer(category, (), text, found=False)
+        return Asked(picture, layout, ask(category, rng), answer, "absent", any_order=False)
     kind, question, shown_as = None, ask(category, rng), ()
     numbers = list(range(len(layout.boxes)))
     if (kinds := clear_kinds(layout)) and rng.random() < 0.75:
@@ -166,11 +209,22 @@ def draw_question(
     if shuffled:
         numbers = rng.permutation(len(layout.boxes)).tolist()
     boxes = tuple(tuple(layout.boxes[number].tolist()) for number in numbers)
-    reasoning = reason(boxes, subject, rng) if reasoned else ""
-    return Asked(layout, question, Answer(category, boxes, reasoning, found=True), kind, shuffled, shown_as)
+    reasoning = reason(boxes, picture, rng) if reasoned else ""
+    return Asked(picture, layout, question, Answer(category, boxes, reasoning, found=True), kind, shuffled, shown_as)
 
 
-def reason(boxes: tuple[Box, ...], subject: Subject, rng: np.random.Generator) -> str:
+def one_of(things: Sequence[Any], rng: np.random.Generator) -> Any:
+    """One of several, each as likely as the others."""
+    return things[int(rng.integers(len(things)))]
+
+
+def elsewhere(picture: Picture, pictures: Pictures) -> list[str]:
+    """The categories that no picture of this one's anatomy shows, by no wider name either."""
+    here = [name for name, shown in pictures.items() if any(each.anatomy == picture.anatomy for each in shown)]
+    return [name for name in pictures if not any(name in known or known in name for known in here)]
+
+
+def reason(boxes: tuple[Box, ...], picture: Picture, rng: np.random.Generator) -> str:
     """The measured description as far as boxes tell: number and place of the regions, size and shape of the largest."""
     mask = Image.new("1", (FRAME_PX, FRAME_PX))
     for x1, y1, x2, y2 in boxes:
@@ -179,7 +233,7 @@ def reason(boxes: tuple[Box, ...], subject: Subject, rng: np.random.Generator) -
     values = {kind: measured[kind] for kind in ("side", "place", "size", "shape") if kind in measured}
     # Where they overlap there are more regions than connected parts.
     values["count"] = VALUES["count"][min(len(boxes), 5)]
-    return in_words(values, subject.modality, subject.anatomy, subject.category, rng)
+    return in_words(values, picture.modality, picture.anatomy, picture.category, rng)
 
 
 class Copier(nn.Module):
@@ -194,21 +248,27 @@ class Copier(nn.Module):
 
 
 def show(tower: NanoVisionModel, asked: list[Asked]) -> torch.Tensor:
-    """The image tokens of layouts; the grid's features say nothing."""
+    """The image tokens of layouts: a picture's grid, or one whose features say nothing."""
     features, kinds = tower.config.segmenter_config.vision_config.fpn_hidden_size, len(STAND_OUTS)
-    grid = grid_tokens([torch.randn(len(asked), features, GRID, GRID)])
-    tokens = tower.tokens(grid, regions_of([each.layout for each in asked], features))
+    noise = grid_tokens([torch.randn(len(asked), features, GRID, GRID)])
+    grids = [
+        nothing if each.picture.grid is None else each.picture.grid for each, nothing in zip(asked, noise, strict=True)
+    ]
+    tokens = tower.tokens(torch.stack(grids).float(), regions_of([each.layout for each in asked], features))
     for row, each in enumerate(asked):
         if each.stand_outs:
             tokens[row, -kinds:, :-kinds] = tokens[row, GRID**2 + torch.tensor(each.stand_outs), :-kinds]
     return tokens
 
 
-def token_weights(asked: list[Asked], batch: Batch) -> torch.Tensor:
-    """How much each answer token counts, (rows, tokens)."""
+def token_weights(asked: list[Asked], batch: Batch, stop: int) -> torch.Tensor:
+    """How much each answer token counts, (rows, tokens); what is stated as much as boxes. `stop`: the token of "."."""
     weights = torch.where(batch.of_boxes, BOX_WEIGHT, 1.0) * (batch.labels != IGNORED)
     for row, each in enumerate(asked):
         numbers = torch.nonzero(batch.of_boxes[row])[:, 0]
+        if each.answer.reasoning:
+            stated = (batch.labels[row] == stop).cumsum(0) >= SENTENCES_BEFORE
+            weights[row] = weights[row].where(~(stated & (weights[row] > 0)), BOX_WEIGHT)
         if each.any_order:
             weights[row] = 0
             weights[row, numbers] = BOX_WEIGHT
@@ -235,15 +295,16 @@ def last_states(reasoner: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def train(
-    model: CoreSeg, processor: CoreSegProcessor, subjects: list[Subject], rank: int, options: argparse.Namespace
+    model: CoreSeg, processor: CoreSegProcessor, pictures: Pictures, rank: int, options: argparse.Namespace
 ) -> None:
     """Spend the budget; the averaged reasoner takes the place of the model's own."""
-    categories = sorted({subject.category for subject in subjects})
+    categories = list(pictures)
     model.requires_grad_(False)
     copier = Copier(model, len(categories))
     copier.requires_grad_(True)
     copier.reasoner.model.vision_tower.requires_grad_(False)
     tower = model.reasoner.model.vision_tower
+    stop = processor.tokenizer(".", add_special_tokens=False)["input_ids"][-1]
 
     def loss_of(copier: Copier, step: int) -> torch.Tensor:
         copier.reasoner.model.vision_tower.eval()
@@ -252,16 +313,18 @@ def train(
         # Rows with a reasoning are twice as long, so they come together; none of them counts in part.
         reasoned = bool(rng.random() < options.reasoned)
         any_order = 0.0 if reasoned else options.any_order
-        asked = [draw_question(subjects, rng, any_order, options.mixed_up, reasoned) for _ in range(BATCH)]
+        absent = ABSENT_SHARE if options.reasoned else 0.0
+        asked = [draw_question(pictures, rng, any_order, options.mixed_up, reasoned, absent) for _ in range(BATCH)]
         batch = batch_of(processor, tower, asked)
         states, targets = last_states(copier.reasoner, batch), batch.labels[:, 1:]
         answers = targets != IGNORED
         each = functional.cross_entropy(
             copier.reasoner.lm_head(states[:, :-1][answers]), targets[answers], reduction="none"
         )
-        weights = token_weights(asked, batch)[:, 1:]
+        weights = token_weights(asked, batch, stop)[:, 1:]
         loss = (each * weights[answers]).sum() / (100 * BATCH)
         at_seg = states[model.probe_positions(batch.input_ids)]
+        asked = [each for each in asked if each.answer.found]
         named = torch.tensor([categories.index(each.answer.category) for each in asked])
         loss = loss + HEADS_WEIGHT * functional.cross_entropy(copier.category(at_seg), named)
         ones = [row for row, each in enumerate(asked) if each.for_one]
@@ -283,17 +346,17 @@ def train(
 
 @torch.no_grad()
 def states_and_prompts(
-    model: CoreSeg, processor: CoreSegProcessor, subjects: list[Subject], kinds: Prompts, draws: int, seed: int
+    model: CoreSeg, processor: CoreSegProcessor, pictures: Pictures, kinds: Prompts, draws: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """States at `<seg>`, the prompts for what was asked, and that: "one" of several, "every" one, or a kind's name."""
     rng, tower = np.random.default_rng(seed), model.reasoner.model.vision_tower
     torch.manual_seed(seed)
-    often = subjects + [each for each in subjects if each.category in kinds] * (len(subjects) // len(kinds))
+    often = list(pictures) + list(kinds) * (len(pictures) // len(kinds))
     states: list[torch.Tensor] = []
     prompts: list[torch.Tensor] = []
     asks: list[str] = []
     for number in tqdm(range(draws // BATCH), desc="states"):
-        asked = [draw_question(often, rng, reasoned=number % 2 == 0) for _ in range(BATCH)]
+        asked = [draw_question(pictures, rng, reasoned=number % 2 == 0, categories=often) for _ in range(BATCH)]
         asked = [each for each in asked if each.kind is None or each.for_one]
         batch = batch_of(processor, tower, asked)
         states.append(last_states(model.reasoner, batch)[model.probe_positions(batch.input_ids)])
@@ -304,12 +367,10 @@ def states_and_prompts(
     return torch.cat(states), torch.cat(prompts), asks
 
 
-def fit_adapter(
-    model: CoreSeg, processor: CoreSegProcessor, subjects: list[Subject], kinds: Prompts, seed: int
-) -> None:
+def fit_adapter(model: CoreSeg, processor: CoreSegProcessor, pictures: Pictures, kinds: Prompts, seed: int) -> None:
     """The adapter learns to turn the state at `<seg>` into the prompt for what was asked."""
     model.requires_grad_(False).eval()
-    states, prompts, asks = states_and_prompts(model, processor, subjects, kinds, ADAPTER_DRAWS, seed)
+    states, prompts, asks = states_and_prompts(model, processor, pictures, kinds, ADAPTER_DRAWS, seed)
     model.adapter.requires_grad_(True)
     model.restart_adapter(states)
     held_out = len(states) // 10
@@ -335,7 +396,7 @@ def fit_adapter(
 
 
 @torch.no_grad()
-def read_back(model: CoreSeg, processor: CoreSegProcessor, subjects: list[Subject]) -> None:
+def read_back(model: CoreSeg, processor: CoreSegProcessor, pictures: Pictures) -> None:
     """Print what is written of fresh layouts, given the right answer so far: numbers within 4 px, by what was asked.
 
     First of answers without reasoning, then of those with one; after a right reasoning the first number is half said.
@@ -345,7 +406,7 @@ def read_back(model: CoreSeg, processor: CoreSegProcessor, subjects: list[Subjec
     right: dict[tuple[bool, str], list[list[bool]]] = {}
     for number in range(24):
         reasoned = number >= 12
-        asked = [draw_question(subjects, rng, reasoned=reasoned) for _ in range(BATCH)]
+        asked = [draw_question(pictures, rng, reasoned=reasoned) for _ in range(BATCH)]
         batch = batch_of(processor, tower, asked)
         states = last_states(model.reasoner, batch)
         for row, each in enumerate(asked):
@@ -385,12 +446,11 @@ if __name__ == "__main__":
     rank = join_group()
     torch.manual_seed(options.seed)
     model, processor = load_parts(options.model)
-    samples = [sample for path in options.datasets for sample in LesionSet.open(path).split("train")]
-    by_category = {each.category: Subject(each.category, each.modality, each.anatomy) for each in samples}
-    subjects = [by_category[category] for category in sorted(by_category)]
-    train(model, processor, subjects, rank, options)
+    sets = [LesionSet.open(path) for path in options.datasets]
+    pictures = look_at(model, sets, blank=not options.reasoned)
+    train(model, processor, pictures, rank, options)
     if rank == 0:
-        read_back(model, processor, subjects)
-        fit_adapter(model, processor, subjects, read_kind_prompts(options.kinds), options.seed)
+        read_back(model, processor, pictures)
+        fit_adapter(model, processor, pictures, read_kind_prompts(options.kinds), options.seed)
         model.save_pretrained(options.out / "model")
         processor.save_pretrained(options.out / "model")
