@@ -1,4 +1,4 @@
-"""Stage (b), first part: the reasoner learns to write the boxes of the regions it is shown, before it sees any picture.
+"""Stage (b): the reasoner learns to write the boxes of the regions it is shown, before it answers of pictures.
 
     python recipes/nano/copying.py MODEL DATASET… --kinds FILE --out RUN [--minutes M] [--seed S]
     torchrun --nproc-per-node 2 recipes/nano/copying.py …            (two processes: their minutes count together)
@@ -43,7 +43,7 @@ from coreseg.data.build.describe import in_words
 from coreseg.data.store import LesionSet
 from coreseg.model.assemble import load_parts
 from coreseg.model.core_seg import CoreSeg
-from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor, stretch_image
+from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
 from coreseg.nano.vision import GRID, STAND_OUTS, NanoVisionModel, Regions, grid_tokens
 from coreseg.questions import among_other_words, ask, ask_for_one, clearly_apart
 from coreseg.sam2 import encode_image
@@ -145,7 +145,7 @@ def regions_of(layouts: list[Layout], features: int) -> Regions:
 
 
 @torch.no_grad()
-def look_at(model: CoreSeg, sets: list[LesionSet], blank: bool) -> Pictures:
+def look_at(model: CoreSeg, processor: CoreSegProcessor, sets: list[LesionSet], blank: bool) -> Pictures:
     """What all training pictures with a lesion show, and their grids; where `blank`, one a category without."""
     tower = model.reasoner.model.vision_tower.eval()
     rows = [(lesions, sample) for lesions in sets for sample in lesions.split("train") if sample.boxes]
@@ -155,8 +155,8 @@ def look_at(model: CoreSeg, sets: list[LesionSet], blank: bool) -> Pictures:
         if blank:
             shown[:] = [Picture(sample.category, sample.modality, sample.anatomy)]
             continue
-        pixels = (stretch_image(lesions.image(sample), FRAME_PX) - 0.5) / 0.5
-        maps = encode_image(tower.segmenter, pixels.contiguous(memory_format=torch.channels_last))
+        pixels = processor.segmenter_pixels(lesions.image(sample)).contiguous(memory_format=torch.channels_last)
+        maps = encode_image(tower.segmenter, pixels)
         shown.append(Picture(sample.category, sample.modality, sample.anatomy, grid_tokens(maps)[0].half()))
     return pictures
 
@@ -194,7 +194,7 @@ def draw_question(
     kind, question, shown_as = None, ask(category, rng), ()
     numbers = list(range(len(layout.boxes)))
     if (kinds := clear_kinds(layout)) and rng.random() < 0.75:
-        kind = list(kinds)[int(rng.integers(len(kinds)))]
+        kind = one_of(list(kinds), rng)
         one = kinds[kind]
         if all_but := kind in ("largest", "smallest") and len(numbers) > 2 and rng.random() < 0.2:
             kind = f"all but {kind}"
@@ -268,7 +268,7 @@ def token_weights(asked: list[Asked], batch: Batch, stop: int) -> torch.Tensor:
         numbers = torch.nonzero(batch.of_boxes[row])[:, 0]
         if each.answer.reasoning:
             stated = (batch.labels[row] == stop).cumsum(0) >= SENTENCES_BEFORE
-            weights[row] = weights[row].where(~(stated & (weights[row] > 0)), BOX_WEIGHT)
+            weights[row, stated] = BOX_WEIGHT
         if each.any_order:
             weights[row] = 0
             weights[row, numbers] = BOX_WEIGHT
@@ -447,7 +447,7 @@ if __name__ == "__main__":
     torch.manual_seed(options.seed)
     model, processor = load_parts(options.model)
     sets = [LesionSet.open(path) for path in options.datasets]
-    pictures = look_at(model, sets, blank=not options.reasoned)
+    pictures = look_at(model, processor, sets, blank=not options.reasoned)
     train(model, processor, pictures, rank, options)
     if rank == 0:
         read_back(model, processor, pictures)

@@ -87,7 +87,7 @@ def read_kind_prompts(path: Path) -> Prompts:
         if prompt.ndim != 2 or len(prompt) != PROMPT_TOKENS:
             raise ConfigError(
                 f"setting kind_prompts is {str(path)!r}, whose {category!r} has the shape {tuple(prompt.shape)}; "
-                f"expected {PROMPT_TOKENS} tokens, as the prompts of kinds.py are"
+                f"expected {PROMPT_TOKENS} tokens, as a box's prompt has"
             )
     return prompts
 
