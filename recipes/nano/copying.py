@@ -11,13 +11,14 @@ answer, and half of those layouts (--mixed-up) are shown with any region as the 
 is asked for must then be looked up, and cannot be worked out from the other regions.
 
 In a second run, from the first one's model, most answers (--reasoned) have a reasoning before the boxes, as all have
-later on. It states what the asked boxes tell, so the look-up comes before its first word about them. The layouts then
-stand in grids of training pictures, which say what kind of picture it is; in a quarter of the questions something is
-asked for that such a picture does not show. In a first run the grids are noise: what to do with them comes later.
+later on. It states what is shown of the asked region, or of all as one, so the look-up comes before its first word
+about them; what is shown is drawn, and cannot be worked out from the boxes. In a quarter of the questions something is
+asked for that such a picture does not show; what kind of picture it is stands in the grid, that of a training picture.
 
-The state at `<seg>` also learns what was asked for: heads read box and category off it, and are thrown away. At the
-end the adapter learns to say it to the mask decoder: a box for one of several, for a kind that `kinds.py` learned a
-prompt for that prompt, else that every lesion is meant.
+Heads, thrown away later, have two states say what was asked for: that at `<seg>` box and category, that before the
+first word what a reasoning would state, from the first run on: beside reasonings, whose wording is chance, the look-up
+was not found. At the end the adapter learns to say it to the mask decoder: a box for one of several, for a kind that
+`kinds.py` learned a prompt for that prompt, else that every lesion is meant.
 
 What must be learned is the same for every picture, and thousands of layouts take the time of a few hundred pictures.
 Muon (Jordan et al., 2024) trains the matrices of the layers: AdamW did not find the look-up of a region by one of its
@@ -25,15 +26,15 @@ numbers, nor by what it stands out by, in several times as long (docs/log.md). O
 """
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from absent import NEAR
-from PIL import Image, ImageDraw
 from readiness import SENTENCES_BEFORE
 from torch import nn
 from torch.nn import functional
@@ -44,14 +45,13 @@ from coreseg.data.store import LesionSet
 from coreseg.model.assemble import load_parts
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
-from coreseg.nano.vision import GRID, STAND_OUTS, NanoVisionModel, Regions, grid_tokens
+from coreseg.nano.vision import GRID, SHOWN_AGAIN, STAND_OUTS, STATED, NanoVisionModel, Regions, grid_tokens
 from coreseg.questions import among_other_words, ask, ask_for_one, clearly_apart
 from coreseg.sam2 import encode_image
-from coreseg.sentences import VALUES
-from coreseg.statements import measure_all
+from coreseg.sentences import VALUES, word
 from coreseg.train.loop import Budget, join_group, spend
 from coreseg.train.sft import Prompts, own_prompts, read_kind_prompts
-from coreseg.types import MAX_BOXES, Answer, Box
+from coreseg.types import MAX_BOXES, Answer
 
 BATCH = 32
 LEARNING_RATE = 2e-3
@@ -60,6 +60,8 @@ FRAME_PX = 256
 BOX_WEIGHT = 4.0
 FIRST_NUMBER_WEIGHT = 40.0
 """Of the number that tells which of several is meant: about what all else in its answer weighs."""
+TELLING_WEIGHT = 20.0
+"""Of the words that tell one value of a statement from another, for the same reason: there are some eight."""
 HEADS_WEIGHT = 0.25
 LIGHT_MARGIN = 0.3
 """By which the brightest region stands out, in deviations of the picture."""
@@ -70,12 +72,12 @@ ADAPTER_DRAWS = 16384
 
 
 class Picture(NamedTuple):
-    """What a training picture shows, and the tokens of its grid, (cells, channels); without them it is noise."""
+    """What a training picture shows, and the tokens of its grid, (cells, channels)."""
 
     category: str
     modality: str
     anatomy: str
-    grid: torch.Tensor | None = None
+    grid: torch.Tensor
 
 
 Pictures = dict[str, list[Picture]]
@@ -84,18 +86,23 @@ Pictures = dict[str, list[Picture]]
 
 @dataclass(frozen=True)
 class Layout:
-    """Regions of one drawn picture in reading order; boxes are (regions, 4) in px of the reasoner's frame."""
+    """Regions of one drawn picture in reading order; boxes are (regions, 4) in px of the reasoner's frame.
+
+    stated: what is stated of each region and, last, of all as one: a value of each kind.
+    """
 
     boxes: np.ndarray
     area: np.ndarray
     colours: np.ndarray
+    stated: tuple[dict[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Asked:
     """A question about a layout. `kind`: what it asks by, if not for all; in `any_order` all boxes are written.
 
-    stand_outs: which region is shown as each of `STAND_OUTS`, where that is not what it is.
+    stand_outs: which region is shown as each of `STAND_OUTS`, where that is not what it is. stated: what a reasoning
+    states, a value a kind.
     """
 
     picture: Picture
@@ -105,6 +112,7 @@ class Asked:
     kind: str | None
     any_order: bool
     stand_outs: tuple[int, ...] = ()
+    stated: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def for_one(self) -> bool:
@@ -127,37 +135,46 @@ def draw_layout(rng: np.random.Generator) -> Layout:
     inside = rng.normal(0, 1) + rng.normal(0, 0.6, (count, 1)) + rng.normal(0, 0.15, (count, 3))
     spread, around = np.abs(rng.normal(0.4, 0.2, (count, 3))), rng.normal(0, 0.5) + rng.normal(0, 0.2, (count, 3))
     colours = np.concatenate([inside, spread, around], axis=1)
-    return Layout(boxes[order], area[order] / FRAME_PX**2, colours[order])
+    stated = [draw_statements(1, rng) for _ in order]
+    stated.append(draw_statements(len(order), rng) if len(order) > 1 else stated[0])
+    return Layout(boxes[order], area[order] / FRAME_PX**2, colours[order], tuple(stated))
+
+
+def draw_statements(regions: int, rng: np.random.Generator) -> dict[str, str]:
+    """A value of each kind, at random but for the count; some of those that cannot always be measured are missing."""
+    missing = {kind for kind in ("shape", "edge", "contrast", "texture") if rng.random() < 0.1}
+    stated = {kind: one_of(values, rng) for kind, values in VALUES.items() if kind not in missing}
+    return stated | {"count": VALUES["count"][min(regions, 5)]}
 
 
 def regions_of(layouts: list[Layout], features: int) -> Regions:
     """Layouts as the tower measures pictures; features say nothing, and are alike within one picture."""
-    there = torch.zeros(len(layouts), MAX_BOXES, 1, dtype=torch.bool)
-    boxes, colours, area = (torch.zeros(len(layouts), MAX_BOXES, size) for size in (4, 9, 1))
+    places = MAX_BOXES + 1
+    there = torch.zeros(len(layouts), places, 1, dtype=torch.bool)
+    boxes, colours, area, stated = (torch.zeros(len(layouts), places, size) for size in (4, 9, 1, len(STATED)))
     for row, layout in enumerate(layouts):
-        shown = np.s_[row, : len(layout.boxes)]
+        shown = np.s_[row, [*range(len(layout.boxes)), MAX_BOXES]]
         there[shown] = True
-        boxes[shown] = torch.from_numpy(layout.boxes).float() / FRAME_PX
-        colours[shown] = torch.from_numpy(layout.colours).float()
-        area[shown] = torch.from_numpy(layout.area).float()[:, None]
-    alike = torch.randn(len(layouts), 1, 2, features) + 0.5 * torch.randn(len(layouts), MAX_BOXES, 2, features)
-    return Regions(there, boxes, colours, functional.normalize(alike, dim=-1).flatten(2), area)
+        around = np.concatenate([layout.boxes[:, :2].min(0), layout.boxes[:, 2:].max(0)])
+        boxes[shown] = torch.from_numpy(np.vstack([layout.boxes, around])).float() / FRAME_PX
+        colours[shown] = torch.from_numpy(np.vstack([layout.colours, layout.colours.mean(0)])).float()
+        area[shown] = torch.from_numpy(np.append(layout.area, layout.area.sum())).float()[:, None]
+        true = [[float(statement in values.items()) for statement in STATED] for values in layout.stated]
+        stated[shown] = torch.tensor(true)
+    alike = torch.randn(len(layouts), 1, 2, features) + 0.5 * torch.randn(len(layouts), places, 2, features)
+    return Regions(there, boxes, colours, functional.normalize(alike, dim=-1).flatten(2), area, stated)
 
 
 @torch.no_grad()
-def look_at(model: CoreSeg, processor: CoreSegProcessor, sets: list[LesionSet], blank: bool) -> Pictures:
-    """What all training pictures with a lesion show, and their grids; where `blank`, one a category without."""
+def look_at(model: CoreSeg, processor: CoreSegProcessor, sets: list[LesionSet]) -> Pictures:
+    """What all training pictures with a lesion show, and their grids."""
     tower = model.reasoner.model.vision_tower.eval()
     rows = [(lesions, sample) for lesions in sets for sample in lesions.split("train") if sample.boxes]
     pictures: Pictures = {category: [] for category in sorted({sample.category for _, sample in rows})}
-    for lesions, sample in tqdm(rows, desc="pictures", disable=blank):
-        shown = pictures[sample.category]
-        if blank:
-            shown[:] = [Picture(sample.category, sample.modality, sample.anatomy)]
-            continue
+    for lesions, sample in tqdm(rows, desc="pictures"):
         pixels = processor.segmenter_pixels(lesions.image(sample)).contiguous(memory_format=torch.channels_last)
-        maps = encode_image(tower.segmenter, pixels)
-        shown.append(Picture(sample.category, sample.modality, sample.anatomy, grid_tokens(maps)[0].half()))
+        grid = grid_tokens(encode_image(tower.segmenter, pixels), tower.config.grid_weight)[0].half()
+        pictures[sample.category].append(Picture(sample.category, sample.modality, sample.anatomy, grid))
     return pictures
 
 
@@ -192,7 +209,7 @@ def draw_question(
         answer = Answer(category, (), text, found=False)
         return Asked(picture, layout, ask(category, rng), answer, "absent", any_order=False)
     kind, question, shown_as = None, ask(category, rng), ()
-    numbers = list(range(len(layout.boxes)))
+    numbers, stated = list(range(len(layout.boxes))), layout.stated[-1]
     if (kinds := clear_kinds(layout)) and rng.random() < 0.75:
         kind = one_of(list(kinds), rng)
         one = kinds[kind]
@@ -203,14 +220,16 @@ def draw_question(
             one = shown_as[STAND_OUTS.index(kind)]
         question = ask_for_one(kind, category, rng)
         numbers = [number for number in numbers if (number != one) == all_but]
+        stated = stated | {"count": VALUES["count"][min(len(numbers), 5)]} if all_but else layout.stated[one]
     if rng.random() < 0.3:
         question = among_other_words(question, rng)
     shuffled = bool(rng.random() < any_order)
     if shuffled:
         numbers = rng.permutation(len(layout.boxes)).tolist()
     boxes = tuple(tuple(layout.boxes[number].tolist()) for number in numbers)
-    reasoning = reason(boxes, picture, rng) if reasoned else ""
-    return Asked(picture, layout, question, Answer(category, boxes, reasoning, found=True), kind, shuffled, shown_as)
+    reasoning = in_words(stated, picture.modality, picture.anatomy, category, rng) if reasoned else ""
+    answer = Answer(category, boxes, reasoning, found=True)
+    return Asked(picture, layout, question, answer, kind, shuffled, shown_as, stated)
 
 
 def one_of(things: Sequence[Any], rng: np.random.Generator) -> Any:
@@ -224,20 +243,9 @@ def elsewhere(picture: Picture, pictures: Pictures) -> list[str]:
     return [name for name in pictures if not any(name in known or known in name for known in here)]
 
 
-def reason(boxes: tuple[Box, ...], picture: Picture, rng: np.random.Generator) -> str:
-    """The measured description as far as boxes tell: number and place of the regions, size and shape of the largest."""
-    mask = Image.new("1", (FRAME_PX, FRAME_PX))
-    for x1, y1, x2, y2 in boxes:
-        ImageDraw.Draw(mask).ellipse((x1, y1, x2 - 1, y2 - 1), fill=1)
-    measured = measure_all(np.zeros((FRAME_PX, FRAME_PX, 3), dtype=np.uint8), np.asarray(mask))
-    values = {kind: measured[kind] for kind in ("side", "place", "size", "shape") if kind in measured}
-    # Where they overlap there are more regions than connected parts.
-    values["count"] = VALUES["count"][min(len(boxes), 5)]
-    return in_words(values, picture.modality, picture.anatomy, picture.category, rng)
-
-
 class Copier(nn.Module):
-    """The reasoner, and heads that read a box's four numbers and the category off the state at `<seg>`."""
+    """The reasoner, and heads that read a box's four numbers and the category off the state at `<seg>`, and what may be
+    stated off the one before the first word."""
 
     def __init__(self, model: CoreSeg, categories: int) -> None:
         super().__init__()
@@ -245,30 +253,44 @@ class Copier(nn.Module):
         self.reasoner = model.reasoner
         self.places = nn.Linear(width, 4 * (FRAME_PX + 1))
         self.category = nn.Linear(width, categories)
+        self.stated = nn.Linear(width, len(STATED))
 
 
 def show(tower: NanoVisionModel, asked: list[Asked]) -> torch.Tensor:
-    """The image tokens of layouts: a picture's grid, or one whose features say nothing."""
-    features, kinds = tower.config.segmenter_config.vision_config.fpn_hidden_size, len(STAND_OUTS)
-    noise = grid_tokens([torch.randn(len(asked), features, GRID, GRID)])
-    grids = [
-        nothing if each.picture.grid is None else each.picture.grid for each, nothing in zip(asked, noise, strict=True)
-    ]
-    tokens = tower.tokens(torch.stack(grids).float(), regions_of([each.layout for each in asked], features))
+    """The image tokens of layouts, in the grids of their pictures."""
+    features, kinds = tower.config.segmenter_config.vision_config.fpn_hidden_size, len(SHOWN_AGAIN)
+    grids = torch.stack([each.picture.grid for each in asked]).float()
+    tokens = tower.tokens(grids, regions_of([each.layout for each in asked], features))
     for row, each in enumerate(asked):
         if each.stand_outs:
-            tokens[row, -kinds:, :-kinds] = tokens[row, GRID**2 + torch.tensor(each.stand_outs), :-kinds]
+            again = GRID**2 + MAX_BOXES + torch.arange(len(STAND_OUTS))
+            tokens[row, again, :-kinds] = tokens[row, GRID**2 + torch.tensor(each.stand_outs), :-kinds]
     return tokens
 
 
-def token_weights(asked: list[Asked], batch: Batch, stop: int) -> torch.Tensor:
-    """How much each answer token counts, (rows, tokens); what is stated as much as boxes. `stop`: the token of "."."""
+def telling_tokens(processor: CoreSegProcessor) -> torch.Tensor:
+    """The tokens of "Yes" and "No", and of words that state few values, and so tell one from another."""
+    rng, values = np.random.default_rng(0), Counter[int]()
+    for kind, value in STATED:
+        values.update(set(tokens_of("".join(f" {word(kind, value, rng)}" for _ in range(30)), processor)))
+    telling = {token for token, count in values.items() if count <= 2} | set(tokens_of(" Yes No", processor))
+    return torch.tensor(sorted(telling))
+
+
+def tokens_of(text: str, processor: CoreSegProcessor) -> list[int]:
+    """A text's tokens."""
+    ids: list[int] = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def token_weights(asked: list[Asked], batch: Batch, telling: torch.Tensor, stop: int) -> torch.Tensor:
+    """How much each answer token counts, (rows, tokens). `stop`: the token of ".", which ends a sentence."""
     weights = torch.where(batch.of_boxes, BOX_WEIGHT, 1.0) * (batch.labels != IGNORED)
     for row, each in enumerate(asked):
         numbers = torch.nonzero(batch.of_boxes[row])[:, 0]
         if each.answer.reasoning:
             stated = (batch.labels[row] == stop).cumsum(0) >= SENTENCES_BEFORE
-            weights[row, stated] = BOX_WEIGHT
+            weights[row, stated & torch.isin(batch.labels[row], telling)] = TELLING_WEIGHT
         if each.any_order:
             weights[row] = 0
             weights[row, numbers] = BOX_WEIGHT
@@ -304,7 +326,7 @@ def train(
     copier.requires_grad_(True)
     copier.reasoner.model.vision_tower.requires_grad_(False)
     tower = model.reasoner.model.vision_tower
-    stop = processor.tokenizer(".", add_special_tokens=False)["input_ids"][-1]
+    telling, stop = telling_tokens(processor), tokens_of(".", processor)[-1]
 
     def loss_of(copier: Copier, step: int) -> torch.Tensor:
         copier.reasoner.model.vision_tower.eval()
@@ -321,8 +343,14 @@ def train(
         each = functional.cross_entropy(
             copier.reasoner.lm_head(states[:, :-1][answers]), targets[answers], reduction="none"
         )
-        weights = token_weights(asked, batch, stop)[:, 1:]
+        weights = token_weights(asked, batch, telling, stop)[:, 1:]
         loss = (each * weights[answers]).sum() / (100 * BATCH)
+        described = [row for row, each in enumerate(asked) if each.stated]
+        if described:
+            true = [[float(statement in asked[row].stated.items()) for statement in STATED] for row in described]
+            read = copier.stated(states[described, answers[described].int().argmax(1)])
+            wrong = functional.binary_cross_entropy_with_logits(read, torch.tensor(true), reduction="none")
+            loss = loss + wrong.sum(1).mean()
         at_seg = states[model.probe_positions(batch.input_ids)]
         asked = [each for each in asked if each.answer.found]
         named = torch.tensor([categories.index(each.answer.category) for each in asked])
@@ -447,7 +475,7 @@ if __name__ == "__main__":
     torch.manual_seed(options.seed)
     model, processor = load_parts(options.model)
     sets = [LesionSet.open(path) for path in options.datasets]
-    pictures = look_at(model, processor, sets, blank=not options.reasoned)
+    pictures = look_at(model, processor, sets)
     train(model, processor, pictures, rank, options)
     if rank == 0:
         read_back(model, processor, pictures)

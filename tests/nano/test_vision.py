@@ -13,7 +13,10 @@ from coreseg.nano.vision import (
     KIND_WEIGHT,
     MEASURES,
     PLACE_WEIGHT,
+    SHOWN_AGAIN,
     STAND_OUTS,
+    STATED,
+    STATED_WEIGHT,
     NanoVisionConfig,
     NanoVisionModel,
     grid_tokens,
@@ -59,13 +62,32 @@ def test_region_tokens_hold_the_boxes_in_the_order_of_answers() -> None:
     masks = [drawn((40, 30, 60, 50), (3, 5, 20, 13)), drawn((10, 10, 30, 40)), drawn()]
     pixels = torch.rand(3, 3, SIDE, SIDE)
     tokens = region_tokens(measure(pixels, feature_maps(3), [lesion_masks(mask) for mask in masks]))
-    assert tokens.shape == (3, MAX_BOXES, 4 * BUMPS + 2 * 8 + MEASURES)
+    assert tokens.shape == (3, MAX_BOXES + 1, 4 * BUMPS + 2 * 8 + MEASURES + len(STATED))
+    numbers = tokens[..., -len(STATED) - MAX_BOXES : -len(STATED)]
     for row, mask in enumerate(masks):
         boxes = mask_to_boxes(mask)
         code = tokens[row, : len(boxes), : 4 * BUMPS].reshape(len(boxes), 4, BUMPS) / PLACE_WEIGHT
         assert np.array_equal(places(code).numpy(), boxes)
-        assert (tokens[row, len(boxes) :] == 0).all()
-        assert torch.equal(tokens[row, : len(boxes), -MAX_BOXES:], torch.eye(MAX_BOXES)[: len(boxes)])
+        assert (tokens[row, len(boxes) : MAX_BOXES] == 0).all()
+        assert torch.equal(numbers[row, : len(boxes)], torch.eye(MAX_BOXES)[: len(boxes)])
+    around = places(tokens[:2, MAX_BOXES, : 4 * BUMPS].reshape(2, 4, BUMPS) / PLACE_WEIGHT)
+    assert around.tolist() == [[3, 5, 60, 50], [10, 10, 30, 40]]
+    assert (tokens[2] == 0).all() and (numbers[:, MAX_BOXES] == 0).all()
+
+
+def test_a_token_states_what_is_measured_of_its_region_and_of_all_as_one() -> None:
+    mask = drawn((4, 4, 16, 16), (40, 44, 60, 50))
+    pixels = torch.full((1, 3, SIDE, SIDE), -1.0)
+    pixels[0][:, torch.from_numpy(mask)] = 0.5
+    stated = region_tokens(measure(pixels, feature_maps(1), [lesion_masks(mask)]))[0, :, -len(STATED) :]
+    assert set(stated.unique().tolist()) == {0.0, STATED_WEIGHT}
+    first, second, both = (
+        {statement for statement, there in zip(STATED, stated[place], strict=True) if there}
+        for place in (0, 1, MAX_BOXES)
+    )
+    assert {("count", "one"), ("side", "left"), ("place", "upper"), ("contrast", "brighter")} <= first
+    assert {("count", "one"), ("side", "right"), ("place", "lower"), ("shape", "elongated")} <= second
+    assert {("count", "two"), ("side", "both"), ("place", "spread")} <= both
 
 
 def test_a_region_token_tells_bright_from_dark_and_large_from_small() -> None:
@@ -74,7 +96,7 @@ def test_a_region_token_tells_bright_from_dark_and_large_from_small() -> None:
     pixels[0][:, masks[0]] += 0.5
     pixels[1][:, masks[1]] -= 0.5
     tokens = region_tokens(measure(pixels, feature_maps(2), [lesion_masks(mask) for mask in masks]))[:, 0]
-    look = tokens[:, -MEASURES:]
+    look = tokens[:, -len(STATED) - MEASURES : -len(STATED)]
     inside, around, (large, small) = look[:, :3], look[:, 6:9], look[:, 9]
     assert (inside[0] > around[0]).all() and (inside[1] < around[1]).all()
     assert large / small == 4.0
@@ -124,9 +146,12 @@ def test_a_tower_leaves_specks_out_and_shows_what_stands_out_again(tmp_path: Pat
     tokens = tower.tokens(grid_tokens(maps), measure(pixels, maps, [parts]))
     assert tokens.shape == (1, config.tokens, config.hidden_size)
     regions, again = tokens[0, GRID**2 : GRID**2 + MAX_BOXES], tokens[0, GRID**2 + MAX_BOXES :]
-    kinds = again[:, -len(STAND_OUTS) :]
-    assert torch.equal(kinds, KIND_WEIGHT * torch.eye(len(STAND_OUTS))) and (regions[:, -len(STAND_OUTS) :] == 0).all()
-    largest, smallest = again[0, : -len(STAND_OUTS)], again[1, : -len(STAND_OUTS)]
-    assert torch.equal(largest, regions[1, : -len(STAND_OUTS)])
-    assert torch.equal(smallest, regions[0, : -len(STAND_OUTS)])
+    kinds, again = again[:, -len(SHOWN_AGAIN) :], again[:, : -len(SHOWN_AGAIN)]
+    assert torch.equal(kinds, KIND_WEIGHT * torch.eye(len(SHOWN_AGAIN)))
+    assert (regions[:, -len(SHOWN_AGAIN) :] == 0).all()
+    regions = regions[:, : -len(SHOWN_AGAIN)]
+    assert torch.equal(again[0], regions[1]) and torch.equal(again[1], regions[0])
+    assert not torch.equal(again[-1], regions[0]) and not torch.equal(again[-1], regions[1])
+    nothing = tower.tokens(grid_tokens(maps), measure(pixels, maps, [tower.regions(drawn())]))
+    assert (nothing[0, GRID**2 :] == 0).all()
     assert tower.look(pixels).shape == tokens.shape

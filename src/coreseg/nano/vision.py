@@ -4,11 +4,12 @@ It is a copy of nano's own trained segmenter, kept frozen. A grid token holds th
 cell: what kind of picture this is. A region token holds one connected part of the segmenter's "any lesion" mask: its
 box, its colours, its features. So the reasoner is shown what could be a lesion and where, and has to say which of these
 regions the question means, in words and in numbers. A tower may also show once more, in a token of its own each, the
-regions that stand out: the largest, the leftmost and so on. What the tower sees can be kept for later.
+regions that stand out, the largest, the leftmost and so on, and all of them as one; each token then tells what can be
+stated of its region (`coreseg.statements`), measured in the tower's own mask. What it sees can be kept for later.
 
 Source of the idea, regions as tokens that a language model refers to: Groma (arXiv 2404.13013). What a region token
-holds is our choice; so are the tokens of what stands out: a model of nano's size does not learn to compare regions, but
-learns soon which token answers to which word.
+holds is our choice; so are the tokens of what stands out, and what is measured: a model of nano's size learns neither
+to compare regions nor to sum them up, but soon learns which token answers to which word.
 """
 
 from dataclasses import dataclass
@@ -24,12 +25,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from coreseg.masks import lesion_masks, tight_box
 from coreseg.sam2 import FeatureMaps, any_lesion_prompt, decode_masks, encode_image
+from coreseg.sentences import VALUES
+from coreseg.statements import measure_all
 from coreseg.types import MAX_BOXES
 
 GRID = 4
 """Grid tokens along each side."""
 STAND_OUTS = ("largest", "smallest", "left", "right", "upper", "lower", "brightest", "darkest")
 """What may set one of several regions apart, in the words of `coreseg.questions`."""
+SHOWN_AGAIN = (*STAND_OUTS, "all")
+"""What has a token of its own beside the regions: each that stands out, and all of them as one."""
+STATED = tuple((kind, value) for kind, values in VALUES.items() for value in values)
+"""What may be stated of a region, a channel each."""
 BUMPS = 17
 """Channels that hold one coordinate, see `place_code`."""
 PLACE_WEIGHT = 4.0
@@ -38,6 +45,8 @@ from them, and are learned many times faster where the rest does not drown them.
 KIND_WEIGHT = 8.0
 """Of what a region that is shown once more stands out by, likewise. Our choice: at a weight of 1 a question finds its
 kind some two times later."""
+STATED_WEIGHT = 2.0
+"""Of what can be stated of a region, likewise."""
 MEASURES = 11 + MAX_BOXES
 """Of a region: colour inside, its deviation, colour around (3 each), area, share of its box; its number, one-hot."""
 
@@ -46,7 +55,8 @@ class NanoVisionConfig(PreTrainedConfig):
     """`segmenter_config` is the configuration of a segmenter of the SAM 2 family.
 
     smallest_region: connected parts below this share of the largest one's area are specks and no regions.
-    stand_outs: whether the regions that stand out are shown once more.
+    grid_weight: norm of a grid token's features; what tells one kind of picture from another is about half of it.
+    stand_outs: whether the regions that stand out, and all as one, are shown once more, and what can be stated.
     `hidden_size` is what one image token holds. The kinds of token use channels of their own, the others are zero.
     """
 
@@ -57,12 +67,14 @@ class NanoVisionConfig(PreTrainedConfig):
         self,
         segmenter_config: PreTrainedConfig | dict[str, Any] | None = None,
         smallest_region: float = 0.0,
+        grid_weight: float = 1.0,
         stand_outs: bool = False,
         **kwargs: Any,
     ) -> None:
         given: Any = segmenter_config
         self.segmenter_config = AutoConfig.for_model(**given) if isinstance(given, dict) else given
         self.smallest_region = smallest_region
+        self.grid_weight = grid_weight
         self.stand_outs = stand_outs
         kwargs.pop("hidden_size", None)
         self.hidden_size = 0 if given is None else sum(self.channels)
@@ -70,15 +82,15 @@ class NanoVisionConfig(PreTrainedConfig):
 
     @property
     def channels(self) -> tuple[int, int, int]:
-        """How many channels a grid token uses (features, place), a region token (box, features, measures), and what
-        stands out beside those of its region (its kind)."""
+        """How many channels a grid token uses (features, place), a region token (box, features, measures, statements),
+        and what is shown once more beside those of its region (its kind)."""
         features = self.segmenter_config.vision_config.fpn_hidden_size
-        kinds = len(STAND_OUTS) if self.stand_outs else 0
-        return features + 2 * BUMPS, 4 * BUMPS + 2 * features + MEASURES, kinds
+        stated, kinds = (len(STATED), len(SHOWN_AGAIN)) if self.stand_outs else (0, 0)
+        return features + 2 * BUMPS, 4 * BUMPS + 2 * features + MEASURES + stated, kinds
 
     @property
     def tokens(self) -> int:
-        """Tokens of one picture: the grid in reading order, its regions in the order of boxes, what stands out."""
+        """Tokens of one picture: the grid in reading order, its regions in the order of boxes, what is shown again."""
         return GRID**2 + MAX_BOXES + self.channels[2]
 
 
@@ -113,7 +125,7 @@ class NanoVisionModel(PreTrainedModel):
         parts = [self.regions(mask) for mask in (logits[:, 0] > 0).cpu().numpy()]
         # In half precision a coordinate would be off by a pixel.
         exact = [plane.float() for plane in maps]
-        tokens = self.tokens(grid_tokens(exact), measure(pixels.float(), exact, parts))
+        tokens = self.tokens(grid_tokens(exact, self.config.grid_weight), measure(pixels.float(), exact, parts))
         return tokens.to(pixel_values.dtype)
 
     def regions(self, mask: Bool[np.ndarray, "height width"]) -> Bool[np.ndarray, "regions height width"]:
@@ -130,11 +142,13 @@ class NanoVisionModel(PreTrainedModel):
     ) -> Float[torch.Tensor, "batch tokens channels"]:
         """A picture's tokens, from those of its grid and from its regions."""
         of_grid, of_region, kinds = self.config.channels
-        shown = region_tokens(regions)
-        parts = [functional.pad(grid, (0, of_region + kinds)), functional.pad(shown, (of_grid, kinds))]
+        shown = region_tokens(regions)[..., :of_region]
+        each, as_one = shown[:, :MAX_BOXES], shown[:, MAX_BOXES:]
+        parts = [functional.pad(grid, (0, of_region + kinds)), functional.pad(each, (of_grid, kinds))]
         if kinds:
             chosen, there = stand_outs(regions)
-            again = there * torch.gather(shown, 1, chosen[..., None].expand(-1, -1, of_region))
+            again = there * torch.gather(each, 1, chosen[..., None].expand(-1, -1, of_region))
+            again, there = torch.cat([again, as_one], dim=1), torch.cat([there, regions.there[:, MAX_BOXES:]], dim=1)
             named = KIND_WEIGHT * there * torch.eye(kinds).to(shown).expand(len(shown), -1, -1)
             parts.append(torch.cat([functional.pad(again, (of_grid, 0)), named], dim=-1))
         return torch.cat(parts, dim=1)
@@ -147,21 +161,22 @@ class NanoVisionModel(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=tokens, hidden_states=(tokens,))
 
 
-def grid_tokens(maps: FeatureMaps) -> Float[torch.Tensor, "batch cells grid_channels"]:
-    """The coarsest map's features, averaged over each of the grid's cells, and the cell's centre."""
+def grid_tokens(maps: FeatureMaps, weight: float = 1.0) -> Float[torch.Tensor, "batch cells grid_channels"]:
+    """The coarsest map's features, averaged over each of the grid's cells, at norm `weight`, and the cell's centre."""
     features = functional.adaptive_avg_pool2d(maps[-1], GRID).flatten(2).transpose(1, 2)
     ticks = (torch.arange(GRID, device=features.device) + 0.5) / GRID
     y, x = (places.flatten() for places in torch.meshgrid(ticks, ticks, indexing="ij"))
     places = place_code(torch.stack([x, y], dim=-1)).expand(len(features), -1, -1)
-    return torch.cat([_unit(features), PLACE_WEIGHT * places.to(features)], dim=-1)
+    return torch.cat([weight * _unit(features), PLACE_WEIGHT * places.to(features)], dim=-1)
 
 
 @dataclass(frozen=True)
 class Regions:
-    """What is measured of a picture's regions: `MAX_BOXES` of them, those that are not `there` zero.
+    """What is measured of a picture's regions: `MAX_BOXES` of them and all as one, those that are not `there` zero.
 
     boxes: of [0, 1], x1, y1, x2, y2. colours: inside, their deviation, around (3 each), relative to the picture's mean,
-    in its deviations. features: of the coarsest and the finest map. area: as a share of the picture.
+    in its deviations. features: of the coarsest and the finest map. area: as a share of the picture. stated: 1 for
+    those of `STATED` that are true.
     """
 
     there: Bool[torch.Tensor, "batch regions 1"]
@@ -169,22 +184,29 @@ class Regions:
     colours: Float[torch.Tensor, "batch regions 9"]
     features: Float[torch.Tensor, "batch regions features"]
     area: Float[torch.Tensor, "batch regions 1"]
+    stated: Float[torch.Tensor, "batch regions statements"]
 
 
 def measure(pixels: Float[torch.Tensor, "batch 3 height width"], maps: FeatureMaps, parts: list[np.ndarray]) -> Regions:
     """The regions of pictures, `parts`: boolean, (regions, height, width) a picture."""
     height, width = pixels.shape[-2:]
-    inside = pixels.new_zeros(len(pixels), MAX_BOXES, height, width)
-    boxes = pixels.new_zeros(len(pixels), MAX_BOXES, 4)
+    inside = pixels.new_zeros(len(pixels), MAX_BOXES + 1, height, width)
+    boxes = pixels.new_zeros(len(pixels), MAX_BOXES + 1, 4)
+    stated = pixels.new_zeros(len(pixels), MAX_BOXES + 1, len(STATED))
+    pictures = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     for row, masks in enumerate(parts):
-        for number, mask in enumerate(masks):
+        for number, mask in [*enumerate(masks), (MAX_BOXES, masks.any(0))]:
+            if not mask.any():
+                continue
             inside[row, number] = torch.from_numpy(mask)
             boxes[row, number] = torch.tensor(tight_box(mask))
+            true = measure_all(pictures[row], mask).items()
+            stated[row, number] = torch.tensor([float(statement in true) for statement in STATED])
     mean, deviation = pixels.mean((2, 3), keepdim=True), pixels.std((2, 3), keepdim=True).clamp(min=1e-3)
     colours = (pixels - mean) / deviation
     rows, columns = maps[0].shape[-2:]
     coarse_inside = functional.adaptive_avg_pool2d(inside, (rows, columns))
-    around = functional.max_pool2d(coarse_inside, 9, 1, 4) - coarse_inside.sum(1, keepdim=True)
+    around = functional.max_pool2d(coarse_inside, 9, 1, 4) - coarse_inside[:, :MAX_BOXES].sum(1, keepdim=True)
     colour = pool(colours, inside)
     spread = (pool(colours.square(), inside) - colour.square()).clamp(min=0).sqrt()
     return Regions(
@@ -193,25 +215,26 @@ def measure(pixels: Float[torch.Tensor, "batch 3 height width"], maps: FeatureMa
         colours=torch.cat([colour, spread, pool(colours, around.clamp(min=0))], dim=-1),
         features=torch.cat([_unit(pool(maps[-1], inside)), _unit(pool(maps[0], inside))], dim=-1),
         area=inside.mean((2, 3))[..., None],
+        stated=stated,
     )
 
 
 def region_tokens(regions: Regions) -> Float[torch.Tensor, "batch regions region_channels"]:
-    """One token for each region, zeros for those that are not there."""
+    """One token for each region and one for all, zeros for those that are not there."""
     boxes, area = regions.boxes, regions.area
     box_area = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]))[..., None]
-    numbers = torch.eye(MAX_BOXES).to(boxes).expand(len(boxes), -1, -1)
-    look = [regions.colours / 3, area.sqrt(), area / box_area.clamp(min=1e-6), numbers]
+    numbers = torch.eye(MAX_BOXES + 1, MAX_BOXES).to(boxes).expand(len(boxes), -1, -1)
+    look = [regions.colours / 3, area.sqrt(), area / box_area.clamp(min=1e-6), numbers, STATED_WEIGHT * regions.stated]
     return regions.there * torch.cat([PLACE_WEIGHT * place_code(boxes), regions.features, *look], dim=-1)
 
 
 def stand_outs(regions: Regions) -> tuple[Int[torch.Tensor, "batch kinds"], Bool[torch.Tensor, "batch kinds 1"]]:
     """Which region stands out, for each of `STAND_OUTS`, and whether any does: a single region never."""
-    x = (regions.boxes[..., 0] + regions.boxes[..., 2]) / 2
-    y = (regions.boxes[..., 1] + regions.boxes[..., 3]) / 2
-    area, light = regions.area[..., 0], regions.colours[..., :3].mean(-1)
+    boxes, colours = regions.boxes[:, :MAX_BOXES], regions.colours[:, :MAX_BOXES]
+    x, y = (boxes[..., 0] + boxes[..., 2]) / 2, (boxes[..., 1] + boxes[..., 3]) / 2
+    area, light = regions.area[:, :MAX_BOXES, 0], colours[..., :3].mean(-1)
     least = torch.stack([-area, area, x, -x, y, -y, -light, light], dim=1)
-    there = regions.there[..., 0]
+    there = regions.there[:, :MAX_BOXES, 0]
     chosen = least.masked_fill(~there[:, None], torch.inf).argmin(-1)
     several = (there.sum(1) > 1)[:, None, None]
     return chosen, several.expand(-1, len(STAND_OUTS), -1)
