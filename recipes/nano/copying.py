@@ -479,6 +479,6 @@ if __name__ == "__main__":
     train(model, processor, pictures, rank, options)
     if rank == 0:
         read_back(model, processor, pictures)
-        fit_adapter(model, processor, pictures, read_kind_prompts(options.kinds), options.seed)
+        fit_adapter(model, processor, pictures, read_kind_prompts(options.kinds, model.segmenter), options.seed)
         model.save_pretrained(options.out / "model")
         processor.save_pretrained(options.out / "model")

@@ -163,6 +163,8 @@ class SftConfig(StageConfig):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         require(0 <= self.box_spread < math.inf, "box_spread", self.box_spread, "0 or more")
         require(0 < self.box_weight < math.inf, "box_weight", self.box_weight, "a number above 0")
+        used = self.prompt_weight > 0 or self.kind_prompts is None
+        require(used, "kind_prompts", self.kind_prompts, "a prompt_weight above 0 beside it, or nothing")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from coreseg.model.assemble import load_parts
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import CoreSegProcessor
 from coreseg.nano.vision import NanoVisionModel
+from coreseg.sam2 import any_lesion_prompt
 from coreseg.segmenter import Segmenter
 from coreseg.testing import write_phantom_set
 from coreseg.train import trainer as stages
@@ -166,21 +168,29 @@ def test_only_kinds_with_a_learned_prompt_are_told_one(nano: Path, tmp_path: Pat
         assert asks == ("cyst" if example.answer.category == "cyst" else None)
 
 
-@pytest.mark.parametrize(
-    ("prompts", "complaint"), [({"cyst": (2, 8)}, r"'cyst' has the shape \(2, 8\)"), (None, "cannot be read")]
-)
-def test_a_file_without_prompts_is_refused(
-    tmp_path: Path, prompts: dict[str, tuple[int, int]] | None, complaint: str
+@pytest.mark.parametrize(("fewer_tokens", "fewer_channels"), [(1, 0), (0, 1)])
+def test_prompts_of_another_shape_are_refused(
+    nano: Path, tmp_path: Path, fewer_tokens: int, fewer_channels: int
 ) -> None:
-    path = tmp_path / "prompts.safetensors"
-    if prompts is None:
-        path.write_text("no tensors")
-    else:
-        save_file({category: torch.zeros(shape) for category, shape in prompts.items()}, path)
-    with pytest.raises(ConfigError, match=complaint):
-        read_kind_prompts(path)
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_kind_prompts(tmp_path / "nowhere")
+    segmenter = load_parts(nano)[0].segmenter
+    tokens, channels = any_lesion_prompt(segmenter, 1)[0, 0].shape
+    shape = (tokens - fewer_tokens, channels - fewer_channels)
+    save_file({"cyst": torch.zeros(shape)}, tmp_path / "prompts.safetensors")
+    with pytest.raises(ConfigError, match=re.escape(f"'cyst' has the shape {shape}; expected {(tokens, channels)}")):
+        read_kind_prompts(tmp_path / "prompts.safetensors", segmenter)
+
+
+def test_a_file_without_prompts_is_refused(nano: Path, tmp_path: Path) -> None:
+    segmenter = load_parts(nano)[0].segmenter
+    (tmp_path / "prompts.safetensors").write_text("no tensors")
+    for name in ("prompts.safetensors", "nowhere"):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            read_kind_prompts(tmp_path / name, segmenter)
+
+
+def test_prompts_that_no_loss_uses_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"kind_prompts is 'learned'; expected a prompt_weight above 0"):
+        SftConfig(model="nano", data=("lesions",), out="run", kind_prompts="learned")
 
 
 def test_a_prompt_loss_alone_teaches_the_adapter(nano: Path, phantoms: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from coreseg.errors import ConfigError, DataError
 from coreseg.model.assemble import load_parts
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
-from coreseg.sam2 import any_lesion_prompt, box_prompts
+from coreseg.sam2 import SegmenterModel, any_lesion_prompt, box_prompts
 from coreseg.train.collate import Draws, Example, Examples, stretch_mask
 from coreseg.train.losses import dice_ce
 from coreseg.train.trainer import StageTrainer, check, claim, last_checkpoint, prepare
@@ -57,7 +57,7 @@ def train_sft(config: SftConfig) -> Path:
             f"setting prompt_weight is {config.prompt_weight}; expected 0, since this model's prompts have "
             f"{model.config.adapter_queries} tokens and the mask decoder's own have {PROMPT_TOKENS}"
         )
-    kinds = read_kind_prompts(Path(config.kind_prompts)) if config.kind_prompts else {}
+    kinds = read_kind_prompts(Path(config.kind_prompts), model.segmenter) if config.kind_prompts else {}
     prepare(model, config)
     out = claim(config)
     trainer = SftTrainer(
@@ -77,17 +77,18 @@ Prompts = Mapping[str, Float[torch.Tensor, "tokens channels"]]
 """Prompts that a mask decoder learned, by category."""
 
 
-def read_kind_prompts(path: Path) -> Prompts:
-    """The learned prompts of a safetensors file; raises ConfigError where it is anything else."""
+def read_kind_prompts(path: Path, segmenter: SegmenterModel) -> Prompts:
+    """The prompts of a safetensors file that `segmenter` learned; raises ConfigError where it is anything else."""
     try:
         prompts = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"setting kind_prompts is {str(path)!r}, which cannot be read: {error}") from error
+    expected = any_lesion_prompt(segmenter, 1)[0, 0].shape
     for category, prompt in prompts.items():
-        if prompt.ndim != 2 or len(prompt) != PROMPT_TOKENS:
+        if prompt.shape != expected:
             raise ConfigError(
                 f"setting kind_prompts is {str(path)!r}, whose {category!r} has the shape {tuple(prompt.shape)}; "
-                f"expected {PROMPT_TOKENS} tokens, as a box's prompt has"
+                f"expected {tuple(expected)}, that of this model's prompts"
             )
     return prompts
 
