@@ -60,8 +60,6 @@ FRAME_PX = 256
 BOX_WEIGHT = 4.0
 FIRST_NUMBER_WEIGHT = 40.0
 """Of the number that tells which of several is meant: about what all else in its answer weighs."""
-TELLING_WEIGHT = 20.0
-"""Of the words that tell one value of a statement from another, for the same reason: there are some eight."""
 HEADS_WEIGHT = 0.25
 LIGHT_MARGIN = 0.3
 """By which the brightest region stands out, in deviations of the picture."""
@@ -290,7 +288,7 @@ def token_weights(asked: list[Asked], batch: Batch, telling: torch.Tensor, stop:
         numbers = torch.nonzero(batch.of_boxes[row])[:, 0]
         if each.answer.reasoning:
             stated = (batch.labels[row] == stop).cumsum(0) >= SENTENCES_BEFORE
-            weights[row, stated & torch.isin(batch.labels[row], telling)] = TELLING_WEIGHT
+            weights[row, stated & torch.isin(batch.labels[row], telling)] = BOX_WEIGHT
         if each.any_order:
             weights[row] = 0
             weights[row, numbers] = BOX_WEIGHT
