@@ -28,7 +28,7 @@ numbers, nor by what it stands out by, in several times as long (docs/log.md). O
 import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,8 +109,8 @@ class Asked:
     answer: Answer
     kind: str | None
     any_order: bool
+    stated: Mapping[str, str]
     stand_outs: tuple[int, ...] = ()
-    stated: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def for_one(self) -> bool:
@@ -203,9 +203,10 @@ def draw_question(
     if rng.random() < absent:
         near = NEAR.get(category)
         category = near if near and rng.random() < 0.5 else one_of(elsewhere(picture, pictures), rng)
-        text = in_words({"count": "none"}, picture.modality, picture.anatomy, category, rng) if reasoned else ""
+        nothing = {"count": "none"}
+        text = in_words(nothing, picture.modality, picture.anatomy, category, rng) if reasoned else ""
         answer = Answer(category, (), text, found=False)
-        return Asked(picture, layout, ask(category, rng), answer, "absent", any_order=False)
+        return Asked(picture, layout, ask(category, rng), answer, "absent", any_order=False, stated=nothing)
     kind, question, shown_as = None, ask(category, rng), ()
     numbers, stated = list(range(len(layout.boxes))), layout.stated[-1]
     if (kinds := clear_kinds(layout)) and rng.random() < 0.75:
@@ -227,7 +228,7 @@ def draw_question(
     boxes = tuple(tuple(layout.boxes[number].tolist()) for number in numbers)
     reasoning = in_words(stated, picture.modality, picture.anatomy, category, rng) if reasoned else ""
     answer = Answer(category, boxes, reasoning, found=True)
-    return Asked(picture, layout, question, answer, kind, shuffled, shown_as, stated)
+    return Asked(picture, layout, question, answer, kind, shuffled, stated, shown_as)
 
 
 def one_of(things: Sequence[Any], rng: np.random.Generator) -> Any:
@@ -343,12 +344,9 @@ def train(
         )
         weights = token_weights(asked, batch, telling, stop)[:, 1:]
         loss = (each * weights[answers]).sum() / (100 * BATCH)
-        described = [row for row, each in enumerate(asked) if each.stated]
-        if described:
-            true = [[float(statement in asked[row].stated.items()) for statement in STATED] for row in described]
-            read = copier.stated(states[described, answers[described].int().argmax(1)])
-            wrong = functional.binary_cross_entropy_with_logits(read, torch.tensor(true), reduction="none")
-            loss = loss + wrong.sum(1).mean()
+        true = torch.tensor([[float(statement in each.stated.items()) for statement in STATED] for each in asked])
+        read = copier.stated(states[torch.arange(BATCH), answers.int().argmax(1)])
+        loss = loss + functional.binary_cross_entropy_with_logits(read, true, reduction="none").sum(1).mean()
         at_seg = states[model.probe_positions(batch.input_ids)]
         asked = [each for each in asked if each.answer.found]
         named = torch.tensor([categories.index(each.answer.category) for each in asked])

@@ -51,6 +51,7 @@ class StageConfig:
     leave_out: sources that no row is taken from, for tests on sets that training never saw.
     balance: rows are drawn with weight 1 / (set size) ** balance; 0 draws rows evenly, 1 sets evenly.
     source_weights: a factor on that weight by source, for those that should come more or less often.
+    several_weight: another for rows with several lesions.
     warmup_steps: steps in which the learning rates rise; they fall by a cosine after.   weight_decay: of AdamW.
     max_grad_norm: gradients are clipped to this norm; 0 does not clip.
     eval_every, save_every: in steps.          eval_samples: validation rows looked at, and some drawn, each time.
@@ -89,6 +90,7 @@ class StageConfig:
     leave_out: tuple[str, ...] = ()
     balance: float = 0.5
     source_weights: dict[str, float] | None = None
+    several_weight: float = 1.0
     eval_every: int = 200
     eval_samples: int = 64
     save_every: int = 200
@@ -101,7 +103,7 @@ class StageConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "eval_every", "save_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("learning_rate", "head_learning_rate", "lora_alpha"):
+        for name in ("learning_rate", "head_learning_rate", "lora_alpha", "several_weight"):
             require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a number above 0")
         for name in (
             "cpu_minutes", "mask_weight", "lora_rank", "warmup_steps", "weight_decay", "max_grad_norm", "balance",

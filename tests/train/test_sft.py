@@ -441,6 +441,14 @@ def test_rows_that_are_never_drawn_are_refused(nano: Path, phantoms: Path, tmp_p
         train_sft(settings(nano, phantoms, tmp_path / "run", source_weights=sources))
 
 
+def test_rows_with_several_lesions_come_as_often_as_wanted(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    plain = Examples.open(settings(nano, phantoms, tmp_path / "run"), "train")
+    weighed = Examples.open(settings(nano, phantoms, tmp_path / "run", several_weight=3.0), "train")
+    several = [len(sample.boxes) > 1 for _, sample in plain.rows]
+    assert any(several) and not all(several)
+    assert np.array_equal(weighed.weights / plain.weights, np.where(several, 3.0, 1.0))
+
+
 def test_a_set_without_training_rows_is_refused(nano: Path, phantoms: Path, tmp_path: Path) -> None:
     rows = (phantoms / "metadata.jsonl").read_text(encoding="utf-8").replace('"train"', '"val"')
     for folder in ("images", "masks"):

@@ -88,7 +88,9 @@ class Examples(Dataset[Example]):
         sources = [sample.source for _, sample in self.rows]
         counts = {source: sources.count(source) for source in set(sources)}
         factors = self.config.source_weights or {}
-        return np.array([factors.get(s, 1.0) * counts[s] ** -self.config.balance for s in sources])
+        weights = np.array([factors.get(s, 1.0) * counts[s] ** -self.config.balance for s in sources])
+        weights[[len(sample.boxes) > 1 for _, sample in self.rows]] *= self.config.several_weight
+        return weights
 
     def fixed(self, count: int, seed: int) -> list[Example]:
         """`count` rows in equal steps through the split, unchanged, each with its plain question: for validation."""
