@@ -3,22 +3,22 @@
     python recipes/nano/copying.py MODEL DATASET… --kinds FILE --out RUN [--minutes M] [--seed S]
     torchrun --nproc-per-node 2 recipes/nano/copying.py …            (two processes: their minutes count together)
 
-Layouts of regions are drawn, always fresh, and shown as the tower shows a picture's; the question asks for all of
-them or for what stands out. A box's first number tells which region is meant, and the other three follow from it. In
-half of the answers (--any-order) boxes come in any order, and only the later numbers count: they can be learned
-without knowing which region is meant. Where one of several is asked for, its first number weighs as much as a whole
-answer, and half of those layouts (--mixed-up) are shown with any region as the largest, the leftmost and so on: what
-is asked for must then be looked up, and cannot be worked out from the other regions.
+Layouts of regions are drawn, always fresh, and shown as the tower shows a picture's, in the grid of a training picture;
+the question asks for all of them or for what stands out. A box's first number tells which region is meant, and the
+other three follow from it. In half of the answers (--any-order) boxes come in any order, and only the later numbers
+count: they can be learned without knowing which region is meant. Where one of several is asked for, its first number
+weighs as much as a whole answer, and half of those layouts (--mixed-up) are shown with any region as the largest, the
+leftmost and so on: what is asked for must then be looked up, and cannot be worked out from the other regions. In a
+quarter of the questions something is asked for that such a picture does not show, which only its grid tells.
 
 In a second run, from the first one's model, most answers (--reasoned) have a reasoning before the boxes, as all have
-later on. It states what is shown of the asked region, or of all as one, so the look-up comes before its first word
-about them; what is shown is drawn, and cannot be worked out from the boxes. In a quarter of the questions something is
-asked for that such a picture does not show; what kind of picture it is stands in the grid, that of a training picture.
+later on. It states what is shown of the asked region, or of all as one: at random, so that it cannot be worked out from
+the boxes.
 
 Heads, thrown away later, have two states say what was asked for: that at `<seg>` box and category, that before the
-first word what a reasoning would state, from the first run on: beside reasonings, whose wording is chance, the look-up
-was not found. At the end the adapter learns to say it to the mask decoder: a box for one of several, for a kind that
-`kinds.py` learned a prompt for that prompt, else that every lesion is meant.
+first word what a reasoning would state, in the first run already: beside reasonings, whose wording is chance, the
+look-up was not found (docs/log.md). At the end the adapter learns to say it to the mask decoder: a box for one of
+several, for a kind that `kinds.py` learned a prompt for that prompt, else that every lesion is meant.
 
 What must be learned is the same for every picture, and thousands of layouts take the time of a few hundred pictures.
 Muon (Jordan et al., 2024) trains the matrices of the layers: AdamW did not find the look-up of a region by one of its
@@ -64,7 +64,7 @@ HEADS_WEIGHT = 0.25
 LIGHT_MARGIN = 0.3
 """By which the brightest region stands out, in deviations of the picture."""
 ABSENT_SHARE = 0.25
-"""Of the questions about real grids: whether it is there is told from the grid alone."""
+"""Of the questions: whether it is there is told from the grid alone."""
 ADAPTER_STEPS = 6000
 ADAPTER_DRAWS = 16384
 
@@ -203,10 +203,10 @@ def draw_question(
     if rng.random() < absent:
         near = NEAR.get(category)
         category = near if near and rng.random() < 0.5 else one_of(elsewhere(picture, pictures), rng)
-        nothing = {"count": "none"}
+        question, nothing = in_any_words(ask(category, rng), rng), {"count": "none"}
         text = in_words(nothing, picture.modality, picture.anatomy, category, rng) if reasoned else ""
         answer = Answer(category, (), text, found=False)
-        return Asked(picture, layout, ask(category, rng), answer, "absent", any_order=False, stated=nothing)
+        return Asked(picture, layout, question, answer, "absent", any_order=False, stated=nothing)
     kind, question, shown_as = None, ask(category, rng), ()
     numbers, stated = list(range(len(layout.boxes))), layout.stated[-1]
     if (kinds := clear_kinds(layout)) and rng.random() < 0.75:
@@ -220,8 +220,7 @@ def draw_question(
         question = ask_for_one(kind, category, rng)
         numbers = [number for number in numbers if (number != one) == all_but]
         stated = stated | {"count": VALUES["count"][min(len(numbers), 5)]} if all_but else layout.stated[one]
-    if rng.random() < 0.3:
-        question = among_other_words(question, rng)
+    question = in_any_words(question, rng)
     shuffled = bool(rng.random() < any_order)
     if shuffled:
         numbers = rng.permutation(len(layout.boxes)).tolist()
@@ -229,6 +228,11 @@ def draw_question(
     reasoning = in_words(stated, picture.modality, picture.anatomy, category, rng) if reasoned else ""
     answer = Answer(category, boxes, reasoning, found=True)
     return Asked(picture, layout, question, answer, kind, shuffled, stated, shown_as)
+
+
+def in_any_words(question: str, rng: np.random.Generator) -> str:
+    """A question as it is, or among other words."""
+    return among_other_words(question, rng) if rng.random() < 0.3 else question
 
 
 def one_of(things: Sequence[Any], rng: np.random.Generator) -> Any:
@@ -243,8 +247,8 @@ def elsewhere(picture: Picture, pictures: Pictures) -> list[str]:
 
 
 class Copier(nn.Module):
-    """The reasoner, and heads that read a box's four numbers and the category off the state at `<seg>`, and what may be
-    stated off the one before the first word."""
+    """The reasoner, and heads: what was asked for, off the state at `<seg>`; what is asked for, what kind of picture it
+    is and what may be stated, off the one before the first word."""
 
     def __init__(self, model: CoreSeg, categories: int) -> None:
         super().__init__()
@@ -252,6 +256,7 @@ class Copier(nn.Module):
         self.reasoner = model.reasoner
         self.places = nn.Linear(width, 4 * (FRAME_PX + 1))
         self.category = nn.Linear(width, categories)
+        self.asked, self.shown = nn.Linear(width, categories), nn.Linear(width, categories)
         self.stated = nn.Linear(width, len(STATED))
 
 
@@ -334,8 +339,9 @@ def train(
         # Rows with a reasoning are twice as long, so they come together; none of them counts in part.
         reasoned = bool(rng.random() < options.reasoned)
         any_order = 0.0 if reasoned else options.any_order
-        absent = ABSENT_SHARE if options.reasoned else 0.0
-        asked = [draw_question(pictures, rng, any_order, options.mixed_up, reasoned, absent) for _ in range(BATCH)]
+        asked = [
+            draw_question(pictures, rng, any_order, options.mixed_up, reasoned, ABSENT_SHARE) for _ in range(BATCH)
+        ]
         batch = batch_of(processor, tower, asked)
         states, targets = last_states(copier.reasoner, batch), batch.labels[:, 1:]
         answers = targets != IGNORED
@@ -345,8 +351,13 @@ def train(
         weights = token_weights(asked, batch, telling, stop)[:, 1:]
         loss = (each * weights[answers]).sum() / (100 * BATCH)
         true = torch.tensor([[float(statement in each.stated.items()) for statement in STATED] for each in asked])
-        read = copier.stated(states[torch.arange(BATCH), answers.int().argmax(1)])
-        loss = loss + functional.binary_cross_entropy_with_logits(read, true, reduction="none").sum(1).mean()
+        before = states[torch.arange(BATCH), answers.int().argmax(1)]
+        wrong = functional.binary_cross_entropy_with_logits(copier.stated(before), true, reduction="none")
+        loss = loss + wrong.sum(1).mean()
+        named = torch.tensor([categories.index(each.answer.category) for each in asked])
+        shown = torch.tensor([categories.index(each.picture.category) for each in asked])
+        loss = loss + functional.cross_entropy(copier.asked(before), named)
+        loss = loss + functional.cross_entropy(copier.shown(before), shown)
         at_seg = states[model.probe_positions(batch.input_ids)]
         asked = [each for each in asked if each.answer.found]
         named = torch.tensor([categories.index(each.answer.category) for each in asked])
