@@ -15,10 +15,11 @@ In a second run, from the first one's model, most answers (--reasoned) have a re
 later on. It states what is shown of the asked region, or of all as one: at random, so that it cannot be worked out from
 the boxes.
 
-Heads, thrown away later, have two states say what was asked for: that at `<seg>` box and category, that before the
-first word what a reasoning would state, in the first run already: beside reasonings, whose wording is chance, the
-look-up was not found (docs/log.md). At the end the adapter learns to say it to the mask decoder: a box for one of
-several, for a kind that `kinds.py` learned a prompt for that prompt, else that every lesion is meant.
+Heads, thrown away later, have two states know what was asked for. That before the first word knows what is asked for,
+what the picture shows, and what a reasoning would state, in the first run already: beside reasonings, whose wording is
+chance, none of it was found (docs/log.md). That at `<seg>` knows box and category; at the end the adapter learns to say
+it to the mask decoder: a box for one of several, for a kind that `kinds.py` learned a prompt for that prompt, else that
+every lesion is meant.
 
 What must be learned is the same for every picture, and thousands of layouts take the time of a few hundred pictures.
 Muon (Jordan et al., 2024) trains the matrices of the layers: AdamW did not find the look-up of a region by one of its
@@ -45,7 +46,16 @@ from coreseg.data.store import LesionSet
 from coreseg.model.assemble import load_parts
 from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import IGNORED, Batch, CoreSegProcessor
-from coreseg.nano.vision import GRID, SHOWN_AGAIN, STAND_OUTS, STATED, NanoVisionModel, Regions, grid_tokens
+from coreseg.nano.vision import (
+    GRID,
+    SHOWN_AGAIN,
+    STAND_OUTS,
+    STATED,
+    NanoVisionModel,
+    Regions,
+    grid_tokens,
+    stated_code,
+)
 from coreseg.questions import among_other_words, ask, ask_for_one, clearly_apart
 from coreseg.sam2 import encode_image
 from coreseg.sentences import VALUES, word
@@ -61,6 +71,7 @@ BOX_WEIGHT = 4.0
 FIRST_NUMBER_WEIGHT = 40.0
 """Of the number that tells which of several is meant: about what all else in its answer weighs."""
 HEADS_WEIGHT = 0.25
+"""Of those at `<seg>`; those before the first word weigh 1."""
 LIGHT_MARGIN = 0.3
 """By which the brightest region stands out, in deviations of the picture."""
 ABSENT_SHARE = 0.25
@@ -157,8 +168,7 @@ def regions_of(layouts: list[Layout], features: int) -> Regions:
         boxes[shown] = torch.from_numpy(np.vstack([layout.boxes, around])).float() / FRAME_PX
         colours[shown] = torch.from_numpy(np.vstack([layout.colours, layout.colours.mean(0)])).float()
         area[shown] = torch.from_numpy(np.append(layout.area, layout.area.sum())).float()[:, None]
-        true = [[float(statement in values.items()) for statement in STATED] for values in layout.stated]
-        stated[shown] = torch.tensor(true)
+        stated[shown] = torch.tensor([stated_code(values) for values in layout.stated])
     alike = torch.randn(len(layouts), 1, 2, features) + 0.5 * torch.randn(len(layouts), places, 2, features)
     return Regions(there, boxes, colours, functional.normalize(alike, dim=-1).flatten(2), area, stated)
 
@@ -350,7 +360,7 @@ def train(
         )
         weights = token_weights(asked, batch, telling, stop)[:, 1:]
         loss = (each * weights[answers]).sum() / (100 * BATCH)
-        true = torch.tensor([[float(statement in each.stated.items()) for statement in STATED] for each in asked])
+        true = torch.tensor([stated_code(each.stated) for each in asked])
         before = states[torch.arange(BATCH), answers.int().argmax(1)]
         wrong = functional.binary_cross_entropy_with_logits(copier.stated(before), true, reduction="none")
         loss = loss + wrong.sum(1).mean()

@@ -12,6 +12,7 @@ holds is our choice; so are the tokens of what stands out, and what is measured:
 to compare regions nor to sum them up, but soon learns which token answers to which word.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,8 +201,7 @@ def measure(pixels: Float[torch.Tensor, "batch 3 height width"], maps: FeatureMa
                 continue
             inside[row, number] = torch.from_numpy(mask)
             boxes[row, number] = torch.tensor(tight_box(mask))
-            true = measure_all(pictures[row], mask).items()
-            stated[row, number] = torch.tensor([float(statement in true) for statement in STATED])
+            stated[row, number] = torch.tensor(stated_code(measure_all(pictures[row], mask)))
     mean, deviation = pixels.mean((2, 3), keepdim=True), pixels.std((2, 3), keepdim=True).clamp(min=1e-3)
     colours = (pixels - mean) / deviation
     rows, columns = maps[0].shape[-2:]
@@ -217,6 +217,11 @@ def measure(pixels: Float[torch.Tensor, "batch 3 height width"], maps: FeatureMa
         area=inside.mean((2, 3))[..., None],
         stated=stated,
     )
+
+
+def stated_code(values: Mapping[str, str]) -> list[float]:
+    """1 for those of `STATED` that are true, by the value of each kind that has one."""
+    return [float(statement in values.items()) for statement in STATED]
 
 
 def region_tokens(regions: Regions) -> Float[torch.Tensor, "batch regions region_channels"]:
