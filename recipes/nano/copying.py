@@ -59,6 +59,7 @@ from coreseg.nano.vision import (
 from coreseg.questions import among_other_words, ask, ask_for_one, clearly_apart
 from coreseg.sam2 import encode_image
 from coreseg.sentences import VALUES, word
+from coreseg.statements import count_value
 from coreseg.train.loop import Budget, join_group, spend
 from coreseg.train.sft import Prompts, own_prompts, read_kind_prompts
 from coreseg.types import MAX_BOXES, Answer
@@ -153,7 +154,7 @@ def draw_statements(regions: int, rng: np.random.Generator) -> dict[str, str]:
     """A value of each kind, at random but for the count; some of those that cannot always be measured are missing."""
     missing = {kind for kind in ("shape", "edge", "contrast", "texture") if rng.random() < 0.1}
     stated = {kind: one_of(values, rng) for kind, values in VALUES.items() if kind not in missing}
-    return stated | {"count": VALUES["count"][min(regions, 5)]}
+    return stated | {"count": count_value(regions)}
 
 
 def regions_of(layouts: list[Layout], features: int) -> Regions:
@@ -229,7 +230,7 @@ def draw_question(
             one = shown_as[STAND_OUTS.index(kind)]
         question = ask_for_one(kind, category, rng)
         numbers = [number for number in numbers if (number != one) == all_but]
-        stated = stated | {"count": VALUES["count"][min(len(numbers), 5)]} if all_but else layout.stated[one]
+        stated = stated | {"count": count_value(len(numbers))} if all_but else layout.stated[one]
     question = in_any_words(question, rng)
     shuffled = bool(rng.random() < any_order)
     if shuffled:
@@ -369,9 +370,9 @@ def train(
         loss = loss + functional.cross_entropy(copier.asked(before), named)
         loss = loss + functional.cross_entropy(copier.shown(before), shown)
         at_seg = states[model.probe_positions(batch.input_ids)]
+        found = [each.answer.found for each in asked]
+        loss = loss + HEADS_WEIGHT * functional.cross_entropy(copier.category(at_seg), named[found])
         asked = [each for each in asked if each.answer.found]
-        named = torch.tensor([categories.index(each.answer.category) for each in asked])
-        loss = loss + HEADS_WEIGHT * functional.cross_entropy(copier.category(at_seg), named)
         ones = [row for row, each in enumerate(asked) if each.for_one]
         if ones:
             wanted = torch.tensor([asked[row].answer.boxes[0] for row in ones])

@@ -112,12 +112,17 @@ def _values(seen: Features | None, slack: float) -> dict[str, list[str]]:
         "side": _along(seen.left, seen.right, seen.x, VALUES["side"], slack),
         "place": _along(seen.top, seen.bottom, seen.y, VALUES["place"], slack),
         "size": _bands(float(np.log(seen.size)), VALUES["size"], size_limits, 0.25 * slack),
-        "count": [VALUES["count"][min(seen.count, 5)]],
+        "count": [count_value(seen.count)],
         "shape": _shapes(seen.axis_ratio, seen.solidity, slack),
         "edge": _bands(seen.step, ("blurred", "sharp"), (0.4,), 0.08 * slack),
         "contrast": _bands(seen.contrast, VALUES["contrast"], (-0.04, 0.04), 0.015 * slack),
         "texture": _bands(seen.spread, VALUES["texture"], (0.08,), 0.015 * slack),
     }
+
+
+def count_value(lesions: int) -> str:
+    """The value of the kind "count" for so many lesions, 0 or more."""
+    return VALUES["count"][min(lesions, len(VALUES["count"]) - 1)]
 
 
 def _bands(x: float | None, names: tuple[str, ...], limits: tuple[float, ...], slack: float) -> list[str]:

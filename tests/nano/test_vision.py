@@ -88,6 +88,8 @@ def test_a_token_states_what_is_measured_of_its_region_and_of_all_as_one() -> No
     assert {("count", "one"), ("side", "left"), ("place", "upper"), ("contrast", "brighter")} <= first
     assert {("count", "one"), ("side", "right"), ("place", "lower"), ("shape", "elongated")} <= second
     assert {("count", "two"), ("side", "both"), ("place", "spread")} <= both
+    unstated = measure(pixels, feature_maps(1), [lesion_masks(mask)], state=False)
+    assert not unstated.stated.any() and unstated.there.sum() == 3
 
 
 def test_a_region_token_tells_bright_from_dark_and_large_from_small() -> None:
