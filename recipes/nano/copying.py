@@ -17,7 +17,8 @@ the boxes.
 
 Heads, thrown away later, have two states know what was asked for. That before the first word knows what is asked for,
 what the picture shows, and what a reasoning would state, in the first run already: beside reasonings, whose wording is
-chance, none of it was found (docs/log.md). That at `<seg>` knows box and category; at the end the adapter learns to say
+chance, none of it was found. Nor was the look-up beside these heads, so they and what is absent come after the first
+steps (--look-up; docs/log.md for both). That at `<seg>` knows box and category; at the end the adapter learns to say
 it to the mask decoder: a box for one of several, for a kind that `kinds.py` learned a prompt for that prompt, else that
 every lesion is meant.
 
@@ -350,9 +351,9 @@ def train(
         # Rows with a reasoning are twice as long, so they come together; none of them counts in part.
         reasoned = bool(rng.random() < options.reasoned)
         any_order = 0.0 if reasoned else options.any_order
-        asked = [
-            draw_question(pictures, rng, any_order, options.mixed_up, reasoned, ABSENT_SHARE) for _ in range(BATCH)
-        ]
+        look_up = step < options.look_up
+        absent = 0.0 if look_up else ABSENT_SHARE
+        asked = [draw_question(pictures, rng, any_order, options.mixed_up, reasoned, absent) for _ in range(BATCH)]
         batch = batch_of(processor, tower, asked)
         states, targets = last_states(copier.reasoner, batch), batch.labels[:, 1:]
         answers = targets != IGNORED
@@ -361,14 +362,15 @@ def train(
         )
         weights = token_weights(asked, batch, telling, stop)[:, 1:]
         loss = (each * weights[answers]).sum() / (100 * BATCH)
-        true = torch.tensor([stated_code(each.stated) for each in asked])
-        before = states[torch.arange(BATCH), answers.int().argmax(1)]
-        wrong = functional.binary_cross_entropy_with_logits(copier.stated(before), true, reduction="none")
-        loss = loss + wrong.sum(1).mean()
         named = torch.tensor([categories.index(each.answer.category) for each in asked])
-        shown = torch.tensor([categories.index(each.picture.category) for each in asked])
-        loss = loss + functional.cross_entropy(copier.asked(before), named)
-        loss = loss + functional.cross_entropy(copier.shown(before), shown)
+        if not look_up:
+            true = torch.tensor([stated_code(each.stated) for each in asked])
+            shown = torch.tensor([categories.index(each.picture.category) for each in asked])
+            before = states[torch.arange(BATCH), answers.int().argmax(1)]
+            wrong = functional.binary_cross_entropy_with_logits(copier.stated(before), true, reduction="none")
+            loss = loss + wrong.sum(1).mean()
+            loss = loss + functional.cross_entropy(copier.asked(before), named)
+            loss = loss + functional.cross_entropy(copier.shown(before), shown)
         at_seg = states[model.probe_positions(batch.input_ids)]
         found = [each.answer.found for each in asked]
         loss = loss + HEADS_WEIGHT * functional.cross_entropy(copier.category(at_seg), named[found])
@@ -485,6 +487,13 @@ if __name__ == "__main__":
         default=0.5,
         metavar="SHARE",
         help="of questions for one, with what stands out at random",
+    )
+    parser.add_argument(
+        "--look-up",
+        type=int,
+        default=1000,
+        metavar="STEPS",
+        help="at first without what is absent, and without the heads before the first word",
     )
     parser.add_argument("--reasoned", type=float, default=0.0, metavar="SHARE", help="of batches with a reasoning")
     parser.add_argument("--seed", type=int, default=0)
