@@ -8,19 +8,18 @@ the question asks for all of them or for what stands out. A box's first number t
 other three follow from it. In half of the answers (--any-order) boxes come in any order, and only the later numbers
 count: they can be learned without knowing which region is meant. Where one of several is asked for, its first number
 weighs as much as a whole answer, and half of those layouts (--mixed-up) are shown with any region as the largest, the
-leftmost and so on: what is asked for must then be looked up, and cannot be worked out from the other regions. In a
-quarter of the questions something is asked for that such a picture does not show, which only its grid tells.
+leftmost and so on: what is asked for must then be looked up, and cannot be worked out from the other regions.
 
-In a second run, from the first one's model, most answers (--reasoned) have a reasoning before the boxes, as all have
-later on. It states what is shown of the asked region, or of all as one: at random, so that it cannot be worked out from
-the boxes.
+Three runs, each from the one before. The first (--absent 0) asks for what is there. In the second a quarter of the
+questions ask for what such a picture does not show, which only its grid tells. In the third most answers (--reasoned)
+have a reasoning before the boxes, as all have later on. It states what is shown of the asked region, or of all as one:
+at random, so that it cannot be worked out from the boxes. All in one run leaves boxes unlearned (docs/log.md).
 
-Heads, thrown away later, have two states know what was asked for. That before the first word knows what is asked for,
-what the picture shows, and what a reasoning would state, in the first run already: beside reasonings, whose wording is
-chance, none of it was found. Nor was the look-up beside these heads, so they and what is absent come after the first
-steps (--look-up; docs/log.md for both). That at `<seg>` knows box and category; at the end the adapter learns to say
-it to the mask decoder: a box for one of several, for a kind that `kinds.py` learned a prompt for that prompt, else that
-every lesion is meant.
+Heads, thrown away later, have two states know what was asked for. That before the first word knows what a reasoning
+would state, and where absent things are asked for, what is asked for and what the picture shows. Short answers teach
+that: beside reasonings, whose wording is chance, none of it was found (docs/log.md). That at `<seg>` knows box and
+category; after the third run the adapter learns to say it to the mask decoder: a box for one of several, for a kind
+that `kinds.py` learned a prompt for that prompt, else that every lesion is meant.
 
 What must be learned is the same for every picture, and thousands of layouts take the time of a few hundred pictures.
 Muon (Jordan et al., 2024) trains the matrices of the layers: AdamW did not find the look-up of a region by one of its
@@ -76,8 +75,6 @@ HEADS_WEIGHT = 0.25
 """Of those at `<seg>`; those before the first word weigh 1."""
 LIGHT_MARGIN = 0.3
 """By which the brightest region stands out, in deviations of the picture."""
-ABSENT_SHARE = 0.25
-"""Of the questions: whether it is there is told from the grid alone."""
 ADAPTER_STEPS = 6000
 ADAPTER_DRAWS = 16384
 
@@ -351,9 +348,9 @@ def train(
         # Rows with a reasoning are twice as long, so they come together; none of them counts in part.
         reasoned = bool(rng.random() < options.reasoned)
         any_order = 0.0 if reasoned else options.any_order
-        look_up = step < options.look_up
-        absent = 0.0 if look_up else ABSENT_SHARE
-        asked = [draw_question(pictures, rng, any_order, options.mixed_up, reasoned, absent) for _ in range(BATCH)]
+        asked = [
+            draw_question(pictures, rng, any_order, options.mixed_up, reasoned, options.absent) for _ in range(BATCH)
+        ]
         batch = batch_of(processor, tower, asked)
         states, targets = last_states(copier.reasoner, batch), batch.labels[:, 1:]
         answers = targets != IGNORED
@@ -362,13 +359,13 @@ def train(
         )
         weights = token_weights(asked, batch, telling, stop)[:, 1:]
         loss = (each * weights[answers]).sum() / (100 * BATCH)
+        true = torch.tensor([stated_code(each.stated) for each in asked])
+        before = states[torch.arange(BATCH), answers.int().argmax(1)]
+        wrong = functional.binary_cross_entropy_with_logits(copier.stated(before), true, reduction="none")
+        loss = loss + wrong.sum(1).mean()
         named = torch.tensor([categories.index(each.answer.category) for each in asked])
-        if not look_up:
-            true = torch.tensor([stated_code(each.stated) for each in asked])
+        if options.absent:
             shown = torch.tensor([categories.index(each.picture.category) for each in asked])
-            before = states[torch.arange(BATCH), answers.int().argmax(1)]
-            wrong = functional.binary_cross_entropy_with_logits(copier.stated(before), true, reduction="none")
-            loss = loss + wrong.sum(1).mean()
             loss = loss + functional.cross_entropy(copier.asked(before), named)
             loss = loss + functional.cross_entropy(copier.shown(before), shown)
         at_seg = states[model.probe_positions(batch.input_ids)]
@@ -489,11 +486,7 @@ if __name__ == "__main__":
         help="of questions for one, with what stands out at random",
     )
     parser.add_argument(
-        "--look-up",
-        type=int,
-        default=1000,
-        metavar="STEPS",
-        help="at first without what is absent, and without the heads before the first word",
+        "--absent", type=float, default=0.25, metavar="SHARE", help="of questions for what the picture does not show"
     )
     parser.add_argument("--reasoned", type=float, default=0.0, metavar="SHARE", help="of batches with a reasoning")
     parser.add_argument("--seed", type=int, default=0)
@@ -506,6 +499,7 @@ if __name__ == "__main__":
     train(model, processor, pictures, rank, options)
     if rank == 0:
         read_back(model, processor, pictures)
-        fit_adapter(model, processor, pictures, read_kind_prompts(options.kinds, model.segmenter), options.seed)
+        if options.reasoned:
+            fit_adapter(model, processor, pictures, read_kind_prompts(options.kinds, model.segmenter), options.seed)
         model.save_pretrained(options.out / "model")
         processor.save_pretrained(options.out / "model")
