@@ -3,9 +3,10 @@
     python recipes/nano/readiness.py DATASET… --model CHECKPOINT [--sensitivity 97] [--write]
 
 Nano's descriptions say in the first word of their third sentence whether there is something. While the model answers
-the plain question of every validation row, how much likelier "Yes" is than "No" there is read off. With --write the
-bias goes into the checkpoint's config.json, as `word_bias`. Choose it on pictures that the model was not trained on,
-and not on those that it is reported on.
+the plain question of every validation row, how much likelier "Yes" is than "No" there is read off. A model that finds
+as many without a bias gets none: other lesions than these may be harder to find. With --write the bias goes into the
+checkpoint's config.json, as `word_bias`. Choose it on pictures that the model was not trained on, and not on those that
+it is reported on.
 
 Prints the bias, and for each data set the sensitivity and specificity without and with it.
 """
@@ -96,7 +97,7 @@ if __name__ == "__main__":
         np.where(np.isnan(s), np.where(rows[:, 1], np.inf, -np.inf), s) for s, rows in zip(scores, found, strict=True)
     ]
     lesions = np.concatenate([s[rows[:, 0]] for s, rows in zip(sure, found, strict=True)])
-    bias = -float(np.quantile(lesions, 1 - options.sensitivity / 100, method="lower")) + 1e-3
+    bias = max(0.0, 1e-3 - float(np.quantile(lesions, 1 - options.sensitivity / 100, method="lower")))
     print(f"bias of Yes {bias:.3f}; {np.isnan(odds).sum()} of {len(odds)} answers were of another shape")
     for path, s, rows in zip(options.datasets, sure, found, strict=True):
         there = rows[:, 0]
