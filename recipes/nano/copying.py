@@ -1,6 +1,6 @@
 """Stage (b): the reasoner learns to write the boxes of the regions it is shown, before it answers of pictures.
 
-    python recipes/nano/copying.py MODEL DATASET… --kinds FILE --out RUN [--minutes M] [--seed S]
+    python recipes/nano/copying.py MODEL DATASET… --out RUN [--kinds FILE] [--minutes M] [--seed S]
     torchrun --nproc-per-node 2 recipes/nano/copying.py …            (two processes: their minutes count together)
 
 Layouts of regions are drawn, always fresh, and shown as the tower shows a picture's, in the grid of a training picture;
@@ -18,8 +18,8 @@ at random, so that it cannot be worked out from the boxes. All in one run leaves
 Heads, thrown away later, have two states know what was asked for. That before the first word knows what a reasoning
 would state, and where absent things are asked for, what is asked for and what the picture shows. Short answers teach
 that: beside reasonings, whose wording is chance, none of it was found (docs/log.md). That at `<seg>` knows box and
-category; after the third run the adapter learns to say it to the mask decoder: a box for one of several, for a kind
-that `kinds.py` learned a prompt for that prompt, else that every lesion is meant.
+category; at the end of the third run (--kinds) the adapter learns to say it to the mask decoder: a box for one of
+several, for a kind that `kinds.py` learned a prompt for that prompt, else that every lesion is meant.
 
 What must be learned is the same for every picture, and thousands of layouts take the time of a few hundred pictures.
 Muon (Jordan et al., 2024) trains the matrices of the layers: AdamW did not find the look-up of a region by one of its
@@ -474,7 +474,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a CORE-Seg checkpoint with nano's tower")
     parser.add_argument("datasets", type=Path, nargs="+", help="whose categories are asked for")
-    parser.add_argument("--kinds", type=Path, required=True, help="the prompts that kinds.py learned")
+    parser.add_argument("--kinds", type=Path, metavar="FILE", help="the prompts that kinds.py learned: fit the adapter")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=45.0, help="of processor time, the adapter's not counted")
     parser.add_argument("--any-order", type=float, default=0.5, metavar="SHARE", help="of answers in any order")
@@ -499,7 +499,7 @@ if __name__ == "__main__":
     train(model, processor, pictures, rank, options)
     if rank == 0:
         read_back(model, processor, pictures)
-        if options.reasoned:
+        if options.kinds:
             fit_adapter(model, processor, pictures, read_kind_prompts(options.kinds, model.segmenter), options.seed)
         model.save_pretrained(options.out / "model")
         processor.save_pretrained(options.out / "model")
