@@ -7,7 +7,16 @@ import pytest
 
 from coreseg import questions
 from coreseg.errors import DataError
-from coreseg.questions import among_other_words, ask, attribute_questions, mistyped, plural, with_article
+from coreseg.questions import (
+    among_other_words,
+    ask,
+    ask_without_name,
+    attribute_questions,
+    mistyped,
+    names_any,
+    plural,
+    with_article,
+)
 
 SIDE = 100
 
@@ -134,6 +143,46 @@ def test_typing_errors_are_in_one_long_word_of_six_and_leave_its_ends() -> None:
     assert all(60 < wrong[word] < 140 for word in words if len(word) >= 4)
     assert all(wrong[word] == 0 for word in words if len(word) < 4)
     assert mistyped("", rng) == ""
+
+
+@pytest.mark.parametrize(
+    ("question", "named"),
+    [
+        ("where is the brain tumour", True),
+        ("brian tumr?", True),
+        ("Any infarct?", True),
+        ("my stroke, please", True),
+        ("Where is the cat?", False),
+        ("Outline the brain.", False),
+        ("Would you find it?", False),
+        ("", False),
+    ],
+)
+def test_lesions_are_named_by_lay_words_and_with_errors(question: str, named: bool) -> None:
+    assert names_any(question, ["brain tumor", "ischemic stroke lesion"]) == named
+
+
+def test_words_of_our_templates_name_nothing() -> None:
+    """However alike they are spelled: "show" and "shadow"."""
+    told = (*questions._TEMPLATES, *questions._HELD_OUT_TEMPLATES, *questions._REQUESTS, *questions._HELD_OUT_REQUESTS)
+    assert not [text for text in told if names_any(re.sub(r"{.*?}", "", text), questions._LAY_WORDS)]
+
+
+@pytest.mark.parametrize("name", ["AVM", "CMB", "skin", "肺结节", "cyst"])
+def test_a_name_that_stands_there_is_named_whatever_it_is(name: str) -> None:
+    assert names_any(f"where is the {name.lower()}?", [name])
+
+
+def test_questions_without_a_name_name_nothing_but_the_last_word_of_it() -> None:
+    rng = np.random.default_rng(0)
+    asked = [ask_without_name("brain tumor", rng) for _ in range(400)]
+    assert len(set(asked)) > 300
+    assert not any("brain" in text.lower() for text in asked)
+    assert 60 < sum("tumor" in text.lower() for text in asked) < 140
+    general = re.compile("|".join(("tumor", *questions._UNNAMED)), re.IGNORECASE)
+    others = [category for category in questions._LAY_WORDS if category != "brain tumor"]
+    # By chance an invented word is spelled like a name.
+    assert sum(names_any(general.sub("", text), others) for text in asked) < 20
 
 
 def test_other_words_tell_nothing_of_the_held_out_wordings() -> None:

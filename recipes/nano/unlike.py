@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from coreseg.data.store import LesionSet
 from coreseg.imaging import read_image
-from coreseg.model.scope import names_any
-from coreseg.questions import ask, read_own_words
+from coreseg.questions import ask, names_any, read_own_words
 from coreseg.sam2 import encode_image, texture
 from coreseg.segmenter import Segmenter
 from coreseg.types import Answer

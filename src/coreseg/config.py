@@ -45,9 +45,11 @@ class StageConfig:
     `known_absent` names half of the time, else one of another anatomy.
     known_absent: categories that pictures of a category are known not to show, such as {stroke = ["brain tumor"]}.
     filler_share: share of questions with words of no meaning put around and between theirs, for reasoners made from
-    scratch, which know no others than our templates'.     typo_share: of those with typing errors.
+    scratch, which know no others than our templates'.   typo_share: of those with typing errors.
     own_words: TOML file of questions by category (see `coreseg.questions.read_own_words`); own_words_share: of the
-    plain questions, how many are taken from it.
+    plain questions, how many are taken from it. Of those about what is not there, only the ones that name it.
+    unnamed_share: of the other plain questions, how many name no lesion, or by a word that nobody knows; their answer
+    is about the picture's category. Only for categories that share no picture with others.
     leave_out: sources that no row is taken from, for tests on sets that training never saw.
     balance: rows are drawn with weight 1 / (set size) ** balance; 0 draws rows evenly, 1 sets evenly.
     source_weights: a factor on that weight by source, for those that should come more or less often.
@@ -87,6 +89,7 @@ class StageConfig:
     typo_share: float = 0.0
     own_words: str | None = None
     own_words_share: float = 0.0
+    unnamed_share: float = 0.0
     leave_out: tuple[str, ...] = ()
     balance: float = 0.5
     source_weights: dict[str, float] | None = None
@@ -110,7 +113,9 @@ class StageConfig:
             "eval_samples", "versions", "workers", "seed",
         ):  # fmt: skip
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
-        for name in ("attribute_share", "absent_share", "filler_share", "typo_share", "own_words_share"):
+        for name in (
+            "attribute_share", "absent_share", "filler_share", "typo_share", "own_words_share", "unnamed_share",
+        ):  # fmt: skip
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         kept = not self.keep_maps or (self.remeasure and self.versions > 0)
         require(kept, "keep_maps", self.keep_maps, "false where remeasure and versions do not say what to keep")

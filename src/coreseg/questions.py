@@ -4,9 +4,10 @@ Source: templates per category as in the paper's benchmark; synonyms, held-out w
 our choice. Any category works; the table of lay words only adds variety to those it knows.
 """
 
+import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,9 +147,35 @@ _LAY_WORDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+_UNNAMED = ("lesion", "abnormality", "finding", "change", "spot", "thing", "problem", "anomaly", "area", "disease")
+
+# Of names, but in questions about anything too; and everyday words that are spelled like a name.
+_VAGUE_WORDS = (
+    "area bowel brain breast colon damage dark eye foot found heart kidney liver lung matter muscle open retina show "
+    "skin white would yellow"
+)
+_VAGUE = frozenset(_VAGUE_WORDS.split())
+_SIMILAR = 0.8
+
+
 def names_of(category: str) -> tuple[str, ...]:
     """A category and the lay words for it."""
     return (category, *(word for words in _LAY_WORDS.get(category.lower(), ()) for word in words))
+
+
+def names_any(question: str, categories: Iterable[str]) -> bool:
+    """Whether a question has a word of one of the categories, or of its lay names; typing errors do no harm."""
+    names = [name for category in categories for name in names_of(category)]
+    if any(name.casefold() in question.casefold() for name in names):
+        return True
+    known = {word for name in names for word in _words(name)}
+    return any(difflib.get_close_matches(word, known, n=1, cutoff=_SIMILAR) for word in _words(question))
+
+
+def _words(text: str) -> set[str]:
+    """Its words of four letters or more that tell something, in the singular, and "ms"."""
+    words = re.findall(r"[a-z]+", text.lower())
+    return {word.rstrip("s") if len(word) > 4 else word for word in words if len(word) >= 4 or word == "ms"} - _VAGUE
 
 
 def with_article(noun: str) -> str:
@@ -184,6 +211,25 @@ def ask(category: str, rng: np.random.Generator, held_out: bool = False) -> str:
     template = pick(_HELD_OUT_TEMPLATES if held_out else _TEMPLATES, rng)
     text = template.format(one=noun, a_one=with_article(noun), many=plural(noun))
     return text if held_out else _typed(text, rng)
+
+
+def ask_without_name(category: str, rng: np.random.Generator) -> str:
+    """A question that names no lesion: "Where is the tumor?", "Show all spots.", "Find the sorimel.", "Her month."
+
+    For training, where the picture shows one category only: a reasoner made from scratch takes words that it does not
+    know for some other category, and then sees none of that. It is to fall back on what the picture shows.
+    """
+    if rng.random() < 0.25:
+        text = " ".join(pick((_invented(rng), *_FILLER_WORDS), rng) for _ in range(rng.integers(2, 8)))
+        return _typed(f"{text.capitalize()}{pick(('.', '?'), rng)}", rng)
+    noun = pick((category.rpartition(" ")[2], pick(_UNNAMED, rng), _invented(rng)), rng)
+    return _typed(pick(_TEMPLATES, rng).format(one=noun, a_one=with_article(noun), many=plural(noun)), rng)
+
+
+def _invented(rng: np.random.Generator) -> str:
+    """A word that nobody knows, of two to four syllables."""
+    parts = (tuple("bcdfghklmnprstvz"), tuple("aeiou"), ("", *"lmnrs"))
+    return "".join(pick(part, rng) for _ in range(rng.integers(2, 5)) for part in parts)
 
 
 def read_own_words(path: Path) -> dict[str, tuple[str, ...]]:

@@ -96,6 +96,29 @@ def test_questions_in_own_words_and_with_typing_errors(phantoms: Path, tmp_path:
     assert all(one.answer.boxes == other.answer.boxes for one, other in pairs)
 
 
+def test_only_what_is_there_and_alone_is_asked_for_without_its_name(phantoms: Path, tmp_path: Path) -> None:
+    rows = examples(phantoms, unnamed_share=1.0, absent_share=0.0, attribute_share=0.0)
+    assert all(rows.rows[row][1].category in rows[(row, 0)].question.lower() for row in range(4)), "side by side"
+    pictures = {sample.file_name: (lesions, sample) for lesions, sample in rows.rows}
+    (lesions, first), (_, second), *_ = pictures.values()
+    alone = [
+        (lesions, replace(first, category="colon polyp")),
+        (lesions, replace(second, category="scar", anatomy="skin")),
+    ]
+    unnamed = Examples(alone, replace(rows.config, unnamed_share=0.5))
+    asked = [unnamed[(0, draw)] for draw in range(400)]
+    assert all(example.answer.category == "colon polyp" for example in asked)
+    assert 160 < sum("colon polyp" in example.question.lower() for example in asked) < 240
+
+    own = tmp_path / "own.toml"
+    own.write_text('scar = ["What is this mark?", "An old scar?"]\n')
+    config = replace(rows.config, own_words=str(own), own_words_share=1.0)
+    absent = Examples(alone, replace(config, absent_share=1.0))
+    assert {absent[(0, draw)].question for draw in range(20)} == {"An old scar?"}, "the other may mean the polyp"
+    there = Examples(alone, config)
+    assert {there[(1, draw)].question for draw in range(20)} == {"What is this mark?", "An old scar?"}
+
+
 def test_other_words_come_as_often_as_the_setting_says_and_change_nothing_else(phantoms: Path) -> None:
     plain, some = examples(phantoms, remeasure=True), examples(phantoms, remeasure=True, filler_share=0.5)
     pairs = [(plain[(0, draw)], some[(0, draw)]) for draw in range(60)]

@@ -8,9 +8,7 @@ Source: distances to class means under one covariance, Lee et al. (arXiv 1807.03
 shrinkage, the limit, and what is said of the question.
 """
 
-import difflib
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from safetensors.torch import save
 from transformers.utils.hub import cached_file
 
 from coreseg.errors import ModelError
-from coreseg.questions import names_of
+from coreseg.questions import names_any
 from coreseg.sentences import listed
 from coreseg.types import Answer, Sample
 
@@ -33,7 +31,6 @@ SHARE_WITHIN = 0.99
 """Of the training pictures, how many are within the limit."""
 FAINT = 1e-3
 """A texture that hardly varies counts as varying by this share of the median one."""
-_SIMILAR = 0.8
 
 
 @dataclass(frozen=True)
@@ -141,26 +138,3 @@ def kinds_of(samples: Iterable[Sample]) -> list[Kind]:
     for sample in samples:
         found.setdefault((sample.modality, sample.anatomy), set()).add(sample.category)
     return [Kind(*where, tuple(sorted(categories))) for where, categories in sorted(found.items())]
-
-
-def names_any(question: str, categories: Iterable[str]) -> bool:
-    """Whether a question has a word of one of the categories, or of its lay names; typing errors do no harm."""
-    names = [name for category in categories for name in names_of(category)]
-    if any(name.casefold() in question.casefold() for name in names):
-        return True
-    known = {word for name in names for word in _words(name)}
-    return any(difflib.get_close_matches(word, known, n=1, cutoff=_SIMILAR) for word in _words(question))
-
-
-def _words(text: str) -> set[str]:
-    """Its words of four letters or more that tell something, in the singular, and "ms"."""
-    words = re.findall(r"[a-z]+", text.lower())
-    return {word.rstrip("s") if len(word) > 4 else word for word in words if len(word) >= 4 or word == "ms"} - _VAGUE
-
-
-_VAGUE_WORDS = (
-    "area bowel brain breast colon damage dark eye foot found heart kidney liver lung matter muscle open retina skin "
-    "white would yellow"
-)
-_VAGUE = frozenset(_VAGUE_WORDS.split())
-"""Of names, but in questions about anything too; and everyday words that are spelled like a name."""

@@ -18,7 +18,15 @@ from coreseg.data.build.describe import describe
 from coreseg.data.store import LesionSet
 from coreseg.errors import DataError
 from coreseg.masks import box_tuples, mask_to_boxes
-from coreseg.questions import among_other_words, ask, attribute_questions, mistyped, read_own_words
+from coreseg.questions import (
+    among_other_words,
+    ask,
+    ask_without_name,
+    attribute_questions,
+    mistyped,
+    names_any,
+    read_own_words,
+)
 from coreseg.sentences import pick
 from coreseg.train.augment import augment
 from coreseg.types import Answer, Sample
@@ -120,7 +128,7 @@ class Examples(Dataset[Example]):
         elif self.config.remeasure:
             image, mask = _changed(image, mask, rng)
         category, reasoning = sample.category, sample.reasoning
-        question = self._ask(category, rng)
+        question = self._ask(category, rng, there=True)
         asks: Asks | None = "kind" if category in self._side_by_side else "every"
         attributes = []
         if rng.random() < self.config.attribute_share:
@@ -131,10 +139,9 @@ class Examples(Dataset[Example]):
             asks = None if chosen.kind.startswith("all but") else "one"
         elif rng.random() < self.config.absent_share and (absent := self._absent(sample, rng)):
             category, mask, asks = absent[int(rng.integers(len(absent)))], np.zeros_like(mask), None
-            question = self._ask(category, rng)
+            question = self._ask(category, rng, there=False)
         if rng.random() < self.config.filler_share:
             question = among_other_words(question, rng)
-        # Nothing is drawn for what is switched off, so that settings from before it was there see what they saw.
         if self.config.typo_share and rng.random() < self.config.typo_share:
             question = mistyped(question, rng)
         if not self.config.with_reasoning:
@@ -144,11 +151,14 @@ class Examples(Dataset[Example]):
         answer = _answer(category, mask, reasoning)
         return Example(image, mask, question, answer, picture, asks if answer.found else None)
 
-    def _ask(self, category: str, rng: np.random.Generator) -> str:
-        own = self._own_words.get(category, ())
+    def _ask(self, category: str, rng: np.random.Generator, there: bool) -> str:
+        """A plain question. About what is not there only by its name: other words may mean what is."""
+        own = tuple(text for text in self._own_words.get(category, ()) if there or names_any(text, [category]))
         if own and rng.random() < self.config.own_words_share:
             return pick(own, rng)
-        return ask(category, rng)
+        unnamed = self.config.unnamed_share if there and category not in self._side_by_side else 0.0
+        # Nothing is drawn for what is switched off, so that settings from before it was there see what they saw.
+        return ask_without_name(category, rng) if unnamed and rng.random() < unnamed else ask(category, rng)
 
     def _absent(self, sample: Sample, rng: np.random.Generator) -> Sequence[str]:
         """Categories that this row's picture does not show: known ones half of the time, else of other anatomies."""
