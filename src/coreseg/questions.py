@@ -214,7 +214,7 @@ def ask(category: str, rng: np.random.Generator, held_out: bool = False) -> str:
 
 
 def ask_without_name(category: str, rng: np.random.Generator) -> str:
-    """A question that names no lesion: "Where is the tumor?", "Show all spots.", "Find the sorimel.", "Her month."
+    """A question that names no lesion, or badly: "Where is the tumor?", "Show all spots.", "Find the braain tmuor."
 
     For training, where the picture shows one category only: a reasoner made from scratch takes words that it does not
     know for some other category, and then sees none of that. It is to fall back on what the picture shows.
@@ -222,7 +222,9 @@ def ask_without_name(category: str, rng: np.random.Generator) -> str:
     if rng.random() < 0.25:
         text = " ".join(pick((_invented(rng), *_FILLER_WORDS), rng) for _ in range(rng.integers(2, 8)))
         return _typed(f"{text.capitalize()}{pick(('.', '?'), rng)}", rng)
-    noun = pick((category.rpartition(" ")[2], pick(_UNNAMED, rng), _invented(rng)), rng)
+    words = _noun(category, rng, held_out=False).split(" ")
+    misspelled = " ".join(_misspelled(word, rng) for word in words)
+    noun = pick((words[-1], f"{_invented(rng)} {words[-1]}", misspelled, pick(_UNNAMED, rng), _invented(rng)), rng)
     return _typed(pick(_TEMPLATES, rng).format(one=noun, a_one=with_article(noun), many=plural(noun)), rng)
 
 
@@ -270,12 +272,18 @@ def mistyped(question: str, rng: np.random.Generator) -> str:
     """The question with typing errors: in one long word of six a letter left out, doubled, or after its neighbour."""
     words = question.split(" ")
     for place, word in enumerate(words):
-        if len(word) < 4 or rng.random() >= 1 / 6:
-            continue
-        at = int(rng.integers(1, len(word) - 1))
-        wrong = (word[at + 1 :], word[at] * 2 + word[at + 1 :], word[at + 1] + word[at] + word[at + 2 :])
-        words[place] = word[:at] + pick(wrong, rng)
+        if len(word) >= 4 and rng.random() < 1 / 6:
+            words[place] = _misspelled(word, rng)
     return " ".join(words)
+
+
+def _misspelled(word: str, rng: np.random.Generator) -> str:
+    """The word with a letter within it left out, doubled, or after its neighbour; short ones as they are."""
+    if len(word) < 4:
+        return word
+    at = int(rng.integers(1, len(word) - 1))
+    wrong = (word[at + 1 :], word[at] * 2 + word[at + 1 :], word[at + 1] + word[at] + word[at + 2 :])
+    return word[:at] + pick(wrong, rng)
 
 
 @dataclass(frozen=True)
