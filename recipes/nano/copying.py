@@ -12,8 +12,9 @@ leftmost and so on: what is asked for must then be looked up, and cannot be work
 
 Three runs, each from the one before. The first (--absent 0) asks for what is there. In the second a quarter of the
 questions ask for what such a picture does not show, which only its grid tells. In the third most answers (--reasoned)
-have a reasoning before the boxes, as all have later on. It states what is shown of the asked region, or of all as one:
-at random, so that it cannot be worked out from the boxes. All in one run leaves boxes unlearned (docs/log.md).
+have a reasoning before the boxes, as all have later on, and questions come in any words (--any-words). A reasoning
+states what is shown of the asked region, or of all as one: at random, so that it cannot be worked out from the boxes.
+All in one run leaves boxes unlearned (docs/log.md).
 
 Heads, thrown away later, have two states know what was asked for. That before the first word knows what a reasoning
 would state, and where absent things are asked for, what is asked for and what the picture shows. Short answers teach
@@ -56,10 +57,11 @@ from coreseg.nano.vision import (
     grid_tokens,
     stated_code,
 )
-from coreseg.questions import among_other_words, ask, ask_for_one, clearly_apart
+from coreseg.questions import Wordings, among_other_words, ask_for_one, clearly_apart, mistyped, read_own_words
 from coreseg.sam2 import encode_image
 from coreseg.sentences import VALUES, word
 from coreseg.statements import count_value
+from coreseg.train.collate import side_by_side
 from coreseg.train.loop import Budget, join_group, spend
 from coreseg.train.sft import Prompts, own_prompts, read_kind_prompts
 from coreseg.types import MAX_BOXES, Answer
@@ -75,17 +77,25 @@ HEADS_WEIGHT = 0.25
 """Of those at `<seg>`; those before the first word weigh 1."""
 LIGHT_MARGIN = 0.3
 """By which the brightest region stands out, in deviations of the picture."""
+TEMPLATES = Wordings({}, own_words_share=0.0, unnamed_share=0.0)
+ANY_WORDS = Wordings(
+    read_own_words(Path(__file__).parent / "own_words" / "shown.toml"), own_words_share=0.25, unnamed_share=0.25
+)
 ADAPTER_STEPS = 6000
 ADAPTER_DRAWS = 16384
 
 
 class Picture(NamedTuple):
-    """What a training picture shows, and the tokens of its grid, (cells, channels)."""
+    """What a training picture shows, and the tokens of its grid, (cells, channels).
+
+    alone: whether no picture shows its category beside another.
+    """
 
     category: str
     modality: str
     anatomy: str
     grid: torch.Tensor
+    alone: bool
 
 
 Pictures = dict[str, list[Picture]]
@@ -177,11 +187,13 @@ def look_at(model: CoreSeg, processor: CoreSegProcessor, sets: list[LesionSet]) 
     """What all training pictures with a lesion show, and their grids."""
     tower = model.reasoner.model.vision_tower.eval()
     rows = [(lesions, sample) for lesions in sets for sample in lesions.split("train") if sample.boxes]
+    beside = side_by_side(rows)
     pictures: Pictures = {category: [] for category in sorted({sample.category for _, sample in rows})}
     for lesions, sample in tqdm(rows, desc="pictures"):
         pixels = processor.segmenter_pixels(lesions.image(sample)).contiguous(memory_format=torch.channels_last)
         grid = grid_tokens(encode_image(tower.segmenter, pixels), tower.config.grid_weight)[0].half()
-        pictures[sample.category].append(Picture(sample.category, sample.modality, sample.anatomy, grid))
+        alone = sample.category not in beside
+        pictures[sample.category].append(Picture(sample.category, sample.modality, sample.anatomy, grid, alone))
     return pictures
 
 
@@ -200,23 +212,31 @@ def draw_question(
     mixed_up: float = 0.0,
     reasoned: bool = False,
     absent: float = 0.0,
+    any_words: bool = False,
     categories: list[str] | None = None,
 ) -> Asked:
     """A layout in the place of a picture's lesions, and a question about all of it or about what stands out.
 
     absent: share of questions for what the picture does not show.   categories: of `pictures`, all where not given.
+    any_words: ask in people's own words too, without names, and with typing errors.
     """
+    wordings = ANY_WORDS if any_words else TEMPLATES
+
+    def asked(question: str) -> str:
+        question = among_other_words(question, rng) if rng.random() < 0.3 else question
+        return mistyped(question, rng) if any_words and rng.random() < 0.3 else question
+
     layout = draw_layout(rng)
     category = one_of(categories or list(pictures), rng)
     picture = one_of(pictures[category], rng)
     if rng.random() < absent:
         near = NEAR.get(category)
         category = near if near and rng.random() < 0.5 else one_of(elsewhere(picture, pictures), rng)
-        question, nothing = in_any_words(ask(category, rng), rng), {"count": "none"}
+        question, nothing = asked(wordings.ask(category, rng, there=False)), {"count": "none"}
         text = in_words(nothing, picture.modality, picture.anatomy, category, rng) if reasoned else ""
         answer = Answer(category, (), text, found=False)
         return Asked(picture, layout, question, answer, "absent", any_order=False, stated=nothing)
-    kind, question, shown_as = None, ask(category, rng), ()
+    kind, question, shown_as = None, wordings.ask(category, rng, alone=picture.alone), ()
     numbers, stated = list(range(len(layout.boxes))), layout.stated[-1]
     if (kinds := clear_kinds(layout)) and rng.random() < 0.75:
         kind = one_of(list(kinds), rng)
@@ -229,7 +249,7 @@ def draw_question(
         question = ask_for_one(kind, category, rng)
         numbers = [number for number in numbers if (number != one) == all_but]
         stated = stated | {"count": count_value(len(numbers))} if all_but else layout.stated[one]
-    question = in_any_words(question, rng)
+    question = asked(question)
     shuffled = bool(rng.random() < any_order)
     if shuffled:
         numbers = rng.permutation(len(layout.boxes)).tolist()
@@ -237,11 +257,6 @@ def draw_question(
     reasoning = in_words(stated, picture.modality, picture.anatomy, category, rng) if reasoned else ""
     answer = Answer(category, boxes, reasoning, found=True)
     return Asked(picture, layout, question, answer, kind, shuffled, stated, shown_as)
-
-
-def in_any_words(question: str, rng: np.random.Generator) -> str:
-    """A question as it is, or among other words."""
-    return among_other_words(question, rng) if rng.random() < 0.3 else question
 
 
 def one_of(things: Sequence[Any], rng: np.random.Generator) -> Any:
@@ -349,7 +364,8 @@ def train(
         reasoned = bool(rng.random() < options.reasoned)
         any_order = 0.0 if reasoned else options.any_order
         asked = [
-            draw_question(pictures, rng, any_order, options.mixed_up, reasoned, options.absent) for _ in range(BATCH)
+            draw_question(pictures, rng, any_order, options.mixed_up, reasoned, options.absent, options.any_words)
+            for _ in range(BATCH)
         ]
         batch = batch_of(processor, tower, asked)
         states, targets = last_states(copier.reasoner, batch), batch.labels[:, 1:]
@@ -401,7 +417,10 @@ def states_and_prompts(
     prompts: list[torch.Tensor] = []
     asks: list[str] = []
     for number in tqdm(range(draws // BATCH), desc="states"):
-        asked = [draw_question(pictures, rng, reasoned=number % 2 == 0, categories=often) for _ in range(BATCH)]
+        asked = [
+            draw_question(pictures, rng, reasoned=number % 2 == 0, any_words=True, categories=often)
+            for _ in range(BATCH)
+        ]
         asked = [each for each in asked if each.kind is None or each.for_one]
         batch = batch_of(processor, tower, asked)
         states.append(last_states(model.reasoner, batch)[model.probe_positions(batch.input_ids)])
@@ -489,6 +508,11 @@ if __name__ == "__main__":
         "--absent", type=float, default=0.25, metavar="SHARE", help="of questions for what the picture does not show"
     )
     parser.add_argument("--reasoned", type=float, default=0.0, metavar="SHARE", help="of batches with a reasoning")
+    parser.add_argument(
+        "--any-words",
+        action="store_true",
+        help="ask in people's own words too, without names, and with typing errors, not by templates alone",
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rank = join_group()

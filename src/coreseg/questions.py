@@ -228,6 +228,32 @@ def ask_without_name(category: str, rng: np.random.Generator) -> str:
     return _typed(pick(_TEMPLATES, rng).format(one=noun, a_one=with_article(noun), many=plural(noun)), rng)
 
 
+@dataclass(frozen=True)
+class Wordings:
+    """How plain questions are worded in training, beside the templates.
+
+    own_words: questions that people wrote, by category.  own_words_share: how many are taken from there.
+    unnamed_share: of the others, how many name no lesion (`ask_without_name`).
+    """
+
+    own_words: Mapping[str, tuple[str, ...]]
+    own_words_share: float
+    unnamed_share: float
+
+    def ask(self, category: str, rng: np.random.Generator, there: bool = True, alone: bool = True) -> str:
+        """One question about a category, that is there or not, and stands alone in its pictures or beside others.
+
+        What is not there is asked for by its name only: other words may mean what is.
+        """
+        own = tuple(text for text in self.own_words.get(category, ()) if there or names_any(text, [category]))
+        if own and rng.random() < self.own_words_share:
+            return pick(own, rng)
+        # Nothing is drawn for what is switched off, so that settings from before it was there see what they saw.
+        if there and alone and self.unnamed_share and rng.random() < self.unnamed_share:
+            return ask_without_name(category, rng)
+        return ask(category, rng)
+
+
 def _invented(rng: np.random.Generator) -> str:
     """A word that nobody knows, of two to four syllables."""
     parts = (tuple("bcdfghklmnprstvz"), tuple("aeiou"), ("", *"lmnrs"))

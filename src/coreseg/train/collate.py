@@ -18,16 +18,7 @@ from coreseg.data.build.describe import describe
 from coreseg.data.store import LesionSet
 from coreseg.errors import DataError
 from coreseg.masks import box_tuples, mask_to_boxes
-from coreseg.questions import (
-    among_other_words,
-    ask,
-    ask_without_name,
-    attribute_questions,
-    mistyped,
-    names_any,
-    read_own_words,
-)
-from coreseg.sentences import pick
+from coreseg.questions import Wordings, among_other_words, ask, attribute_questions, mistyped, read_own_words
 from coreseg.train.augment import augment
 from coreseg.types import Answer, Sample
 
@@ -63,10 +54,9 @@ class Examples(Dataset[Example]):
         self.rows = rows
         self.config = config
         self._categories = sorted({(sample.anatomy, sample.category) for _, sample in rows})
-        # Where a picture has several rows, asking for the kind of one is not asking for every lesion.
-        shown = Counter((lesions.root, sample.file_name) for lesions, sample in rows)
-        self._side_by_side = {sample.category for lesions, sample in rows if shown[lesions.root, sample.file_name] > 1}
-        self._own_words = read_own_words(Path(config.own_words)) if config.own_words else {}
+        self._side_by_side = side_by_side(rows)
+        own_words = read_own_words(Path(config.own_words)) if config.own_words else {}
+        self._wordings = Wordings(own_words, config.own_words_share, config.unnamed_share)
 
     @classmethod
     def open(cls, config: StageConfig, split: str) -> "Examples":
@@ -128,8 +118,9 @@ class Examples(Dataset[Example]):
         elif self.config.remeasure:
             image, mask = _changed(image, mask, rng)
         category, reasoning = sample.category, sample.reasoning
-        question = self._ask(category, rng, there=True)
-        asks: Asks | None = "kind" if category in self._side_by_side else "every"
+        alone = category not in self._side_by_side
+        question = self._wordings.ask(category, rng, alone=alone)
+        asks: Asks | None = "every" if alone else "kind"
         attributes = []
         if rng.random() < self.config.attribute_share:
             attributes = attribute_questions(image, mask, category, rng)
@@ -139,7 +130,7 @@ class Examples(Dataset[Example]):
             asks = None if chosen.kind.startswith("all but") else "one"
         elif rng.random() < self.config.absent_share and (absent := self._absent(sample, rng)):
             category, mask, asks = absent[int(rng.integers(len(absent)))], np.zeros_like(mask), None
-            question = self._ask(category, rng, there=False)
+            question = self._wordings.ask(category, rng, there=False)
         if rng.random() < self.config.filler_share:
             question = among_other_words(question, rng)
         if self.config.typo_share and rng.random() < self.config.typo_share:
@@ -150,15 +141,6 @@ class Examples(Dataset[Example]):
             reasoning = describe(image, mask, sample.modality, sample.anatomy, category, int(rng.integers(2**31)))
         answer = _answer(category, mask, reasoning)
         return Example(image, mask, question, answer, picture, asks if answer.found else None)
-
-    def _ask(self, category: str, rng: np.random.Generator, there: bool) -> str:
-        """A plain question. About what is not there only by its name: other words may mean what is."""
-        own = tuple(text for text in self._own_words.get(category, ()) if there or names_any(text, [category]))
-        if own and rng.random() < self.config.own_words_share:
-            return pick(own, rng)
-        unnamed = self.config.unnamed_share if there and category not in self._side_by_side else 0.0
-        # Nothing is drawn for what is switched off, so that settings from before it was there see what they saw.
-        return ask_without_name(category, rng) if unnamed and rng.random() < unnamed else ask(category, rng)
 
     def _absent(self, sample: Sample, rng: np.random.Generator) -> Sequence[str]:
         """Categories that this row's picture does not show: known ones half of the time, else of other anatomies."""
@@ -186,6 +168,12 @@ class Draws(Sampler[tuple[int, int]]):
         generator = torch.Generator().manual_seed(self.seed)
         rows = torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
         return zip(rows.tolist(), range(self.count), strict=True)
+
+
+def side_by_side(rows: Sequence[tuple[LesionSet, Sample]]) -> set[str]:
+    """The categories that share some picture: asking for one of them is not asking for every lesion."""
+    shown = Counter((lesions.root, sample.file_name) for lesions, sample in rows)
+    return {sample.category for lesions, sample in rows if shown[lesions.root, sample.file_name] > 1}
 
 
 def stretch_mask(mask: Bool[np.ndarray, "height width"], side_px: int) -> Bool[torch.Tensor, "side side"]:
