@@ -16,7 +16,7 @@ from coreseg.model.confidence import NAMES, Confidence
 from coreseg.model.core_seg import CoreSeg, CoreSegConfig, Generation
 from coreseg.model.processor import Batch, CoreSegProcessor
 from coreseg.model.scope import Kind, Scope
-from coreseg.segmenter import Segmenter
+from coreseg.segmenter import CONTRADICTION, Segmenter
 from coreseg.types import Answer
 
 FRAME_PX = 64
@@ -177,6 +177,17 @@ def test_signs_and_the_confidence_told_from_them(segmenter: Segmenter, picture: 
     assert found.confidence == pytest.approx(1 / (1 + math.exp(-1)))
     assert nothing.confidence == pytest.approx(1 / (1 + math.exp(1)))
     assert mumbled.confidence == 0.0, "there is no mask to rely on"
+
+
+def test_words_that_tell_of_a_lesion_beside_an_empty_mask_are_not_believed(
+    segmenter: Segmenter, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segmenter.confidence = Confidence(dict.fromkeys(NAMES, 0.0), bias=1.0)
+    monkeypatch.setitem(globals(), "RIGHT_HALF", torch.full((8, 8), -9.0))
+    told, nothing = segmenter.segment_batch([picture] * 2, ["half", "nothing"])
+    assert told.found and not told.mask.any() and told.confidence == 0.0
+    assert told.warnings == (CONTRADICTION,)
+    assert nothing.warnings == () and nothing.confidence == pytest.approx(1 / (1 + math.exp(-1)))
 
 
 @pytest.mark.parametrize("question", ["", "  \n", "x" * (MAX_QUESTION_CHARACTERS + 1)])

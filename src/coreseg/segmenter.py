@@ -26,6 +26,8 @@ from coreseg.types import Answer, Box, Result
 
 Source = str | Path | np.ndarray | Image.Image
 
+CONTRADICTION = "the words tell of a lesion and the mask is empty: rely on neither"
+
 
 class Segmenter:
     """A CORE-Seg ready for questions.
@@ -165,9 +167,10 @@ class Segmenter:
             mask = (self._looked(picture, answer, output) > 0).cpu().numpy()
         boxes = np.array(answer.boxes if answer else (), dtype=np.int64).reshape(-1, 4)
         signs = asdict(Signs.read(mask, boxes, logits, output.log_probability))
+        contradicts = found and not mask.any()
         confidence = None
         if self.confidence:
-            confidence = self.confidence.of(signs) if answer else 0.0
+            confidence = self.confidence.of(signs) if answer and not contradicts else 0.0
         return Result(
             mask=mask,
             boxes=boxes,
@@ -178,7 +181,11 @@ class Segmenter:
             valid=answer is not None,
             seconds=0.0,
             image=picture,
-            warnings=(*changes, *(self.scope.warnings(output.texture, question, answer) if self.scope else ())),
+            warnings=(
+                *changes,
+                *((CONTRADICTION,) if contradicts else ()),
+                *(self.scope.warnings(output.texture, question, answer) if self.scope else ()),
+            ),
             confidence=confidence,
             signs=signs,
         )

@@ -70,10 +70,12 @@ class Result:
     valid: whether the raw text has the required form (see `coreseg.answer`).
     seconds: wall time of this image; in a batch, the batch's time divided by its size.
     image: the picture the mask lies on, upright RGB.
-    warnings: why not to rely on it: values that were stretched, transparency, and a picture or question unlike what the
-    model was trained on, if it has a record of that (`coreseg merge --scope`).
-    confidence: the Dice that the model expects of its mask, in [0, 1]; 0 where the form is invalid. None for a model
-    that never learned how sure it may be (`coreseg merge --confidence`).
+    warnings: why not to rely on it: values that were stretched, transparency, words that tell of a lesion beside an
+    empty mask, and a picture or question unlike what the model was trained on, if it has a record of that
+    (`coreseg merge --scope`).
+    confidence: the Dice that the model expects of its mask, in [0, 1]; 0 where the form is invalid, and where the
+    words tell of a lesion beside an empty mask. None for a model that never learned how sure it may be
+    (`coreseg merge --confidence`).
     signs: what the confidence is told from, see `coreseg.model.confidence.Signs`.
     """
 

@@ -316,7 +316,10 @@ def read_folder(folder: Path) -> Written:
 
 
 def fit_confidence(folder: Path) -> "Confidence":
-    """How sure a model may be, from the records of its answers, lesion-free rows included, attribute questions not.
+    """How sure a model may be, from the records of its answers, lesion-free rows included.
+
+    Without attribute questions, and without the answers that are told apart anyway: those of invalid form, and those
+    whose words tell of a lesion beside an empty mask.
 
     Raises DataError as `read_folder`, and where too few records hold what an answer showed of itself.
     """
@@ -325,7 +328,7 @@ def fit_confidence(folder: Path) -> "Confidence":
     told = [
         (record.signs, record.dice)
         for record in read_folder(folder).records
-        if record.signs and record.valid and not record.attribute
+        if record.signs and record.found <= record.signs["found"] and record.valid and not record.attribute
     ]
     return Confidence.fit([signs for signs, _ in told], [dice for _, dice in told])
 
