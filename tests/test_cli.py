@@ -237,6 +237,8 @@ def test_merge_learns_how_sure_a_model_may_be(bright_segmenter: Any, tmp_path: P
     assert not Path("new").exists(), "looked at before anything is written"
     assert run("merge", "nano", "new", "--confidence", "train").exit_code == 0
     assert Confidence.load("new") is not None
+    assert run("merge", "nano", "both", "--confidence", "train", "--confidence", "val").exit_code == 0
+    assert Confidence.load("both") != Confidence.load("new"), "all of them count"
     assert run("merge", "new", "kept").exit_code == 0
     assert Confidence.load("kept") == Confidence.load("new"), "it goes along"
 

@@ -433,11 +433,12 @@ def merge(
         typer.Option("--scope", metavar="DATASET", help="Data it was trained on: it then warns of what is unlike it."),
     ] = None,
     confidence: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
+            "--confidence",
             metavar="FIGURES",
-            help="What `coreseg evaluate --out` wrote of this model on rows it was not trained on: it then tells how "
-            "good it expects each mask to be.",
+            help="What `coreseg evaluate --out` wrote of this model, best on rows it was not trained on: it then tells "
+            "how good it expects each mask to be.",
         ),
     ] = None,
 ) -> None:
@@ -452,7 +453,7 @@ def merge(
         from coreseg.train.scope import fit_scope
 
         fit = partial(fit_scope, sets=[LesionSet.open(path) for path in scope], progress=sys.stderr.isatty())
-    export(run, out, dtype, shard_size, fit, fit_confidence(confidence) if confidence else None)
+    export(run, out, dtype, shard_size, fit, fit_confidence(*confidence) if confidence else None)
     typer.echo(f"{out}: written; try: coreseg segment IMAGE QUESTION --model {out}")
 
 

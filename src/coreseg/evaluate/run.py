@@ -315,8 +315,8 @@ def read_folder(folder: Path) -> Written:
     return written
 
 
-def fit_confidence(folder: Path) -> "Confidence":
-    """How sure a model may be, from the records of its answers, lesion-free rows included.
+def fit_confidence(*folders: Path) -> "Confidence":
+    """How sure a model may be, from the records of its answers in all folders, lesion-free rows included.
 
     Without attribute questions, and without the answers that are told apart anyway: those of invalid form, and those
     whose words tell of a lesion beside an empty mask.
@@ -327,8 +327,9 @@ def fit_confidence(folder: Path) -> "Confidence":
 
     told = [
         (record.signs, record.dice)
+        for folder in folders
         for record in read_folder(folder).records
-        if record.signs and record.found <= record.signs["found"] and record.valid and not record.attribute
+        if record.signs and record.valid and record.found == (record.predicted_share > 0) and not record.attribute
     ]
     return Confidence.fit([signs for signs, _ in told], [dice for _, dice in told])
 
