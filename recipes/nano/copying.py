@@ -61,7 +61,7 @@ from coreseg.questions import Wordings, among_other_words, ask_for_one, clearly_
 from coreseg.sam2 import encode_image
 from coreseg.sentences import VALUES, word
 from coreseg.statements import count_value
-from coreseg.train.collate import side_by_side
+from coreseg.train.collate import of_other_anatomies, side_by_side
 from coreseg.train.loop import Budget, join_group, spend
 from coreseg.train.sft import Prompts, own_prompts, read_kind_prompts
 from coreseg.types import MAX_BOXES, Answer
@@ -88,7 +88,7 @@ ADAPTER_DRAWS = 16384
 class Picture(NamedTuple):
     """What a training picture shows, and the tokens of its grid, (cells, channels).
 
-    alone: whether no picture shows its category beside another.
+    alone: whether no picture shows its category beside another.   absent: categories that it does not show.
     """
 
     category: str
@@ -96,6 +96,7 @@ class Picture(NamedTuple):
     anatomy: str
     grid: torch.Tensor
     alone: bool
+    absent: Sequence[str]
 
 
 Pictures = dict[str, list[Picture]]
@@ -187,13 +188,14 @@ def look_at(model: CoreSeg, processor: CoreSegProcessor, sets: list[LesionSet]) 
     """What all training pictures with a lesion show, and their grids."""
     tower = model.reasoner.model.vision_tower.eval()
     rows = [(lesions, sample) for lesions in sets for sample in lesions.split("train") if sample.boxes]
-    beside = side_by_side(rows)
+    beside, known = side_by_side(rows), sorted({(sample.anatomy, sample.category) for _, sample in rows})
     pictures: Pictures = {category: [] for category in sorted({sample.category for _, sample in rows})}
     for lesions, sample in tqdm(rows, desc="pictures"):
         pixels = processor.segmenter_pixels(lesions.image(sample)).contiguous(memory_format=torch.channels_last)
         grid = grid_tokens(encode_image(tower.segmenter, pixels), tower.config.grid_weight)[0].half()
-        alone = sample.category not in beside
-        pictures[sample.category].append(Picture(sample.category, sample.modality, sample.anatomy, grid, alone))
+        alone, absent = sample.category not in beside, of_other_anatomies(sample.anatomy, known)
+        shown = Picture(sample.category, sample.modality, sample.anatomy, grid, alone, absent)
+        pictures[sample.category].append(shown)
     return pictures
 
 
@@ -231,7 +233,7 @@ def draw_question(
     picture = one_of(pictures[category], rng)
     if rng.random() < absent:
         near = NEAR.get(category)
-        category = near if near and rng.random() < 0.5 else one_of(elsewhere(picture, pictures), rng)
+        category = near if near and rng.random() < 0.5 else one_of(picture.absent, rng)
         question, nothing = asked(wordings.ask(category, rng, there=False)), {"count": "none"}
         text = in_words(nothing, picture.modality, picture.anatomy, category, rng) if reasoned else ""
         answer = Answer(category, (), text, found=False)
@@ -262,12 +264,6 @@ def draw_question(
 def one_of(things: Sequence[Any], rng: np.random.Generator) -> Any:
     """One of several, each as likely as the others."""
     return things[int(rng.integers(len(things)))]
-
-
-def elsewhere(picture: Picture, pictures: Pictures) -> list[str]:
-    """The categories that no picture of this one's anatomy shows, by no wider name either."""
-    here = [name for name, shown in pictures.items() if any(each.anatomy == picture.anatomy for each in shown)]
-    return [name for name in pictures if not any(name in known or known in name for known in here)]
 
 
 class Copier(nn.Module):

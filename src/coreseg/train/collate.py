@@ -147,10 +147,7 @@ class Examples(Dataset[Example]):
         near = (self.config.known_absent or {}).get(sample.category, ())
         if near and rng.random() < 0.5:
             return near
-        # What is known of this anatomy may well be in the picture, in a row of its own or by a wider name.
-        here = [c for anatomy, c in self._categories if anatomy == sample.anatomy]
-        others = sorted({c for _, c in self._categories})
-        return [c for c in others if not any(c in known or known in c for known in here)]
+        return of_other_anatomies(sample.anatomy, self._categories)
 
 
 class Draws(Sampler[tuple[int, int]]):
@@ -168,6 +165,16 @@ class Draws(Sampler[tuple[int, int]]):
         generator = torch.Generator().manual_seed(self.seed)
         rows = torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
         return zip(rows.tolist(), range(self.count), strict=True)
+
+
+def of_other_anatomies(anatomy: str, categories: Sequence[tuple[str, str]]) -> list[str]:
+    """The categories that a picture of `anatomy` does not show, of (anatomy, category) pairs.
+
+    What is known of this anatomy may well be in the picture, in a row of its own or by a wider name.
+    """
+    here = [category for of, category in categories if of == anatomy]
+    others = sorted({category for _, category in categories})
+    return [category for category in others if not any(category in known or known in category for known in here)]
 
 
 def side_by_side(rows: Sequence[tuple[LesionSet, Sample]]) -> set[str]:
