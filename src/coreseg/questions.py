@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -240,12 +241,20 @@ class Wordings:
     own_words_share: float
     unnamed_share: float
 
+    @cached_property
+    def _by_name(self) -> Mapping[str, tuple[str, ...]]:
+        """Of `own_words` those that name what they are about."""
+        return {
+            category: tuple(text for text in texts if names_any(text, [category]))
+            for category, texts in self.own_words.items()
+        }
+
     def ask(self, category: str, rng: np.random.Generator, there: bool = True, alone: bool = True) -> str:
         """One question about a category, that is there or not, and stands alone in its pictures or beside others.
 
         What is not there is asked for by its name only: other words may mean what is.
         """
-        own = tuple(text for text in self.own_words.get(category, ()) if there or names_any(text, [category]))
+        own = (self.own_words if there else self._by_name).get(category, ())
         if own and rng.random() < self.own_words_share:
             return pick(own, rng)
         # Nothing is drawn for what is switched off, so that settings from before it was there see what they saw.
