@@ -192,7 +192,7 @@ def look_at(model: CoreSeg, processor: CoreSegProcessor, sets: list[LesionSet]) 
     pictures: Pictures = {category: [] for category in sorted({sample.category for _, sample in rows})}
     for lesions, sample in tqdm(rows, desc="pictures"):
         pixels = processor.segmenter_pixels(lesions.image(sample)).contiguous(memory_format=torch.channels_last)
-        grid = grid_tokens(encode_image(tower.segmenter, pixels), tower.config.grid_weight)[0].half()
+        grid = grid_tokens(encode_image(tower.segmenter, pixels))[0].half()
         alone, absent = sample.category not in beside, of_other_anatomies(sample.anatomy, known)
         shown = Picture(sample.category, sample.modality, sample.anatomy, grid, alone, absent)
         pictures[sample.category].append(shown)

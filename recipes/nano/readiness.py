@@ -29,43 +29,28 @@ from coreseg.model.assemble import find_checkpoint
 SENTENCES_BEFORE = 2
 
 
-class ThirdSentence(LogitsProcessor):
-    """After `inner`: has `decide` look where an answer's third sentence begins; what it says goes to `odds`, by row.
+class Watch(LogitsProcessor):
+    """Notes how much likelier " Yes" is than " No" where an answer's third sentence begins; leaves the scores alone.
 
-    NaN where none begins. `stop` is the token of ".".
+    tokens: of " Yes", " No" and ".". odds: what is noted is added to it, a row an answer; NaN where none begins.
     """
 
-    def __init__(self, inner: LogitsProcessor, stop: int, odds: list[float]) -> None:
-        self.inner, self.stop, self.odds = inner, stop, odds
+    def __init__(self, inner: LogitsProcessor, tokens: Sequence[int], odds: list[float]) -> None:
+        self.inner, self.odds = inner, odds
+        self.yes, self.no, self.stop = tokens
         self.before: int | None = None
         self.place = len(odds)
 
-    def decide(self, scores: torch.Tensor) -> float:
-        """The log-odds of "something" by the scores of the next word, which may be changed in place."""
-        raise NotImplementedError
-
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores of the next word."""
+        """Scores of the next word, by `inner`."""
         scores = self.inner(input_ids, scores)
         if self.before is None:
             self.before = input_ids.shape[1]
             self.odds += [float("nan")] * len(input_ids)
         for row, ids in enumerate(input_ids[:, self.before :].tolist()):
             if ids and ids[-1] == self.stop and ids.count(self.stop) == SENTENCES_BEFORE:
-                self.odds[self.place + row] = self.decide(scores[row])
+                self.odds[self.place + row] = float(scores[row, self.yes] - scores[row, self.no])
         return scores
-
-
-class Watch(ThirdSentence):
-    """How much likelier " Yes" is than " No"; `tokens` are theirs and that of "."."""
-
-    def __init__(self, inner: LogitsProcessor, tokens: Sequence[int], odds: list[float]) -> None:
-        self.yes, self.no, stop = tokens
-        super().__init__(inner, stop, odds)
-
-    def decide(self, scores: torch.Tensor) -> float:
-        """The scores stay as they were."""
-        return float(scores[self.yes] - scores[self.no])
 
 
 def share(rows: np.ndarray) -> str:

@@ -21,8 +21,6 @@ FRAME_PX = 256
 INPUT_SCALE = 0.02
 SMALLEST_REGION = 0.1
 """Of the largest region: specks would be taken for lesions."""
-GRID_WEIGHT = 8.0
-"""At a weight of 1 places drown what tells one kind of picture from another, and it is not learned."""
 MARKERS = [
     "<pad>",
     "<eos>",
@@ -89,9 +87,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, tower: NanoVisionConfig)
 def build_reasoner(segmenter: EdgeTamModel, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """A fresh reasoner that looks through a copy of the trained segmenter."""
     register()
-    tower = NanoVisionConfig(
-        segmenter.config, smallest_region=SMALLEST_REGION, grid_weight=GRID_WEIGHT, stand_outs=True
-    )
+    tower = NanoVisionConfig(segmenter.config, smallest_region=SMALLEST_REGION)
     text = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=256,

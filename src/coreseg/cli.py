@@ -81,7 +81,7 @@ def segment(
     call with the same --out. Of a folder, pictures that this command wrote are left out. Values of more than 8 bits
     are stretched to reach from black to white, transparency shows black; either is said.
 
-    Example: coreseg segment examples/breast_ultrasound.jpg "Where is the breast tumor?"
+    Example: coreseg segment examples/fundus.jpg "Where are the retinal exudates?"
     """
     *sources, question = words
     if os.path.exists(question):  # not Path.exists, which fails on a text too long for a file's name

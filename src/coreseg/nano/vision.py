@@ -3,9 +3,9 @@
 It is a copy of nano's own trained segmenter, kept frozen. A grid token holds the image encoder's features of a large
 cell: what kind of picture this is. A region token holds one connected part of the segmenter's "any lesion" mask: its
 box, its colours, its features. So the reasoner is shown what could be a lesion and where, and has to say which of these
-regions the question means, in words and in numbers. A tower may also show once more, in a token of its own each, the
-regions that stand out, the largest, the leftmost and so on, and all of them as one; each token then tells what can be
-stated of its region (`coreseg.statements`), measured in the tower's own mask. What it sees can be kept for later.
+regions the question means, in words and in numbers. The regions that stand out, the largest, the leftmost and so on,
+and all of them as one are shown once more, in a token of its own each. Each token also tells what can be stated of its
+region (`coreseg.statements`), measured in the tower's own mask. What it sees can be kept for later.
 
 Source of the idea, regions as tokens that a language model refers to: Groma (arXiv 2404.13013). What a region token
 holds is our choice; so are the tokens of what stands out, and what is measured: a model of nano's size learns neither
@@ -48,6 +48,9 @@ KIND_WEIGHT = 8.0
 kind some two times later."""
 STATED_WEIGHT = 2.0
 """Of what can be stated of a region, likewise."""
+GRID_WEIGHT = 8.0
+"""Of a grid token's features, of which what tells one kind of picture from another is about half. Our choice: at a
+weight of 1 places drown it, and it is not learned."""
 MEASURES = 11 + MAX_BOXES
 """Of a region: colour inside, its deviation, colour around (3 each), area, share of its box; its number, one-hot."""
 
@@ -56,8 +59,6 @@ class NanoVisionConfig(PreTrainedConfig):
     """`segmenter_config` is the configuration of a segmenter of the SAM 2 family.
 
     smallest_region: connected parts below this share of the largest one's area are specks and no regions.
-    grid_weight: norm of a grid token's features; what tells one kind of picture from another is about half of it.
-    stand_outs: whether the regions that stand out, and all as one, are shown once more, and what can be stated.
     `hidden_size` is what one image token holds. The kinds of token use channels of their own, the others are zero.
     """
 
@@ -68,15 +69,11 @@ class NanoVisionConfig(PreTrainedConfig):
         self,
         segmenter_config: PreTrainedConfig | dict[str, Any] | None = None,
         smallest_region: float = 0.0,
-        grid_weight: float = 1.0,
-        stand_outs: bool = False,
         **kwargs: Any,
     ) -> None:
         given: Any = segmenter_config
         self.segmenter_config = AutoConfig.for_model(**given) if isinstance(given, dict) else given
         self.smallest_region = smallest_region
-        self.grid_weight = grid_weight
-        self.stand_outs = stand_outs
         kwargs.pop("hidden_size", None)
         self.hidden_size = 0 if given is None else sum(self.channels)
         super().__init__(**kwargs)
@@ -86,13 +83,12 @@ class NanoVisionConfig(PreTrainedConfig):
         """How many channels a grid token uses (features, place), a region token (box, features, measures, statements),
         and what is shown once more beside those of its region (its kind)."""
         features = self.segmenter_config.vision_config.fpn_hidden_size
-        stated, kinds = (len(STATED), len(SHOWN_AGAIN)) if self.stand_outs else (0, 0)
-        return features + 2 * BUMPS, 4 * BUMPS + 2 * features + MEASURES + stated, kinds
+        return features + 2 * BUMPS, 4 * BUMPS + 2 * features + MEASURES + len(STATED), len(SHOWN_AGAIN)
 
     @property
     def tokens(self) -> int:
         """Tokens of one picture: the grid in reading order, its regions in the order of boxes, what is shown again."""
-        return GRID**2 + MAX_BOXES + self.channels[2]
+        return GRID**2 + MAX_BOXES + len(SHOWN_AGAIN)
 
 
 class NanoVisionModel(PreTrainedModel):
@@ -126,8 +122,7 @@ class NanoVisionModel(PreTrainedModel):
         parts = [self.regions(mask) for mask in (logits[:, 0] > 0).cpu().numpy()]
         # In half precision a coordinate would be off by a pixel.
         exact = [plane.float() for plane in maps]
-        regions = measure(pixels.float(), exact, parts, self.config.stand_outs)
-        tokens = self.tokens(grid_tokens(exact, self.config.grid_weight), regions)
+        tokens = self.tokens(grid_tokens(exact), measure(pixels.float(), exact, parts))
         return tokens.to(pixel_values.dtype)
 
     def regions(self, mask: Bool[np.ndarray, "height width"]) -> Bool[np.ndarray, "regions height width"]:
@@ -146,14 +141,14 @@ class NanoVisionModel(PreTrainedModel):
         of_grid, of_region, kinds = self.config.channels
         shown = region_tokens(regions)[..., :of_region]
         each, as_one = shown[:, :MAX_BOXES], shown[:, MAX_BOXES:]
-        parts = [functional.pad(grid, (0, of_region + kinds)), functional.pad(each, (of_grid, kinds))]
-        if kinds:
-            chosen, there = stand_outs(regions)
-            again = there * torch.gather(each, 1, chosen[..., None].expand(-1, -1, of_region))
-            again, there = torch.cat([again, as_one], dim=1), torch.cat([there, regions.there[:, MAX_BOXES:]], dim=1)
-            named = KIND_WEIGHT * there * torch.eye(kinds).to(shown).expand(len(shown), -1, -1)
-            parts.append(torch.cat([functional.pad(again, (of_grid, 0)), named], dim=-1))
-        return torch.cat(parts, dim=1)
+        chosen, there = stand_outs(regions)
+        again = there * torch.gather(each, 1, chosen[..., None].expand(-1, -1, of_region))
+        again, there = torch.cat([again, as_one], dim=1), torch.cat([there, regions.there[:, MAX_BOXES:]], dim=1)
+        named = KIND_WEIGHT * there * torch.eye(kinds).to(shown).expand(len(shown), -1, -1)
+        again = torch.cat([functional.pad(again, (of_grid, 0)), named], dim=-1)
+        return torch.cat(
+            [functional.pad(grid, (0, of_region + kinds)), functional.pad(each, (of_grid, kinds)), again], dim=1
+        )
 
     def forward(
         self, pixel_values: Float[torch.Tensor, "batch *planes"], **kwargs: object
@@ -163,13 +158,13 @@ class NanoVisionModel(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=tokens, hidden_states=(tokens,))
 
 
-def grid_tokens(maps: FeatureMaps, weight: float = 1.0) -> Float[torch.Tensor, "batch cells grid_channels"]:
-    """The coarsest map's features, averaged over each of the grid's cells, at norm `weight`, and the cell's centre."""
+def grid_tokens(maps: FeatureMaps) -> Float[torch.Tensor, "batch cells grid_channels"]:
+    """The coarsest map's features, averaged over each of the grid's cells, and the cell's centre."""
     features = functional.adaptive_avg_pool2d(maps[-1], GRID).flatten(2).transpose(1, 2)
     ticks = (torch.arange(GRID, device=features.device) + 0.5) / GRID
     y, x = (places.flatten() for places in torch.meshgrid(ticks, ticks, indexing="ij"))
     places = place_code(torch.stack([x, y], dim=-1)).expand(len(features), -1, -1)
-    return torch.cat([weight * _unit(features), PLACE_WEIGHT * places.to(features)], dim=-1)
+    return torch.cat([GRID_WEIGHT * _unit(features), PLACE_WEIGHT * places.to(features)], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -189,13 +184,8 @@ class Regions:
     stated: Float[torch.Tensor, "batch regions statements"]
 
 
-def measure(
-    pixels: Float[torch.Tensor, "batch 3 height width"], maps: FeatureMaps, parts: list[np.ndarray], state: bool = True
-) -> Regions:
-    """The regions of pictures, `parts`: boolean, (regions, height, width) a picture.
-
-    `state`: also measure what can be stated of them, some 12 ms a picture.
-    """
+def measure(pixels: Float[torch.Tensor, "batch 3 height width"], maps: FeatureMaps, parts: list[np.ndarray]) -> Regions:
+    """The regions of pictures, `parts`: boolean, (regions, height, width) a picture."""
     height, width = pixels.shape[-2:]
     inside = pixels.new_zeros(len(pixels), MAX_BOXES + 1, height, width)
     boxes = pixels.new_zeros(len(pixels), MAX_BOXES + 1, 4)
@@ -207,8 +197,7 @@ def measure(
                 continue
             inside[row, number] = torch.from_numpy(mask)
             boxes[row, number] = torch.tensor(tight_box(mask))
-            if state:
-                stated[row, number] = torch.tensor(stated_code(measure_all(pictures[row], mask)))
+            stated[row, number] = torch.tensor(stated_code(measure_all(pictures[row], mask)))
     mean, deviation = pixels.mean((2, 3), keepdim=True), pixels.std((2, 3), keepdim=True).clamp(min=1e-3)
     colours = (pixels - mean) / deviation
     rows, columns = maps[0].shape[-2:]
