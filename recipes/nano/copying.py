@@ -28,7 +28,7 @@ numbers, nor by what it stands out by, in several times as long (docs/log.md). O
 """
 
 import argparse
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from absent import NEAR
 from readiness import SENTENCES_BEFORE
+from segmenter import draw_weights
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -99,7 +100,18 @@ class Picture(NamedTuple):
     absent: Sequence[str]
 
 
-Pictures = dict[str, list[Picture]]
+class Album(NamedTuple):
+    """Training pictures of one category, and how likely each is drawn: by the root of its set's size, as elsewhere."""
+
+    pictures: Sequence[Picture]
+    weights: np.ndarray
+
+    def draw(self, rng: np.random.Generator) -> Picture:
+        """One of them."""
+        return self.pictures[int(rng.choice(len(self.pictures), p=self.weights))]
+
+
+Pictures = dict[str, Album]
 """Training pictures by category."""
 
 
@@ -189,14 +201,16 @@ def look_at(model: CoreSeg, processor: CoreSegProcessor, sets: list[LesionSet]) 
     tower = model.reasoner.model.vision_tower.eval()
     rows = [(lesions, sample) for lesions in sets for sample in lesions.split("train") if sample.boxes]
     beside, known = side_by_side(rows), sorted({(sample.anatomy, sample.category) for _, sample in rows})
-    pictures: Pictures = {category: [] for category in sorted({sample.category for _, sample in rows})}
+    pictures = defaultdict[str, list[Picture]](list)
+    sources = defaultdict[str, list[str]](list)
     for lesions, sample in tqdm(rows, desc="pictures"):
         pixels = processor.segmenter_pixels(lesions.image(sample)).contiguous(memory_format=torch.channels_last)
         grid = grid_tokens(encode_image(tower.segmenter, pixels))[0].half()
         alone, absent = sample.category not in beside, of_other_anatomies(sample.anatomy, known)
         shown = Picture(sample.category, sample.modality, sample.anatomy, grid, alone, absent)
         pictures[sample.category].append(shown)
-    return pictures
+        sources[sample.category].append(sample.source)
+    return {category: Album(pictures[category], draw_weights(sources[category])) for category in sorted(pictures)}
 
 
 def clear_kinds(layout: Layout) -> dict[str, int]:
@@ -230,7 +244,7 @@ def draw_question(
 
     layout = draw_layout(rng)
     category = one_of(categories or list(pictures), rng)
-    picture = one_of(pictures[category], rng)
+    picture = pictures[category].draw(rng)
     if rng.random() < absent:
         near = NEAR.get(category)
         category = near if near and rng.random() < 0.5 else one_of(picture.absent, rng)
