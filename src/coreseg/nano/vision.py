@@ -139,7 +139,7 @@ class NanoVisionModel(PreTrainedModel):
     ) -> Float[torch.Tensor, "batch tokens channels"]:
         """A picture's tokens, from those of its grid and from its regions."""
         of_grid, of_region, kinds = self.config.channels
-        shown = region_tokens(regions)[..., :of_region]
+        shown = region_tokens(regions)
         each, as_one = shown[:, :MAX_BOXES], shown[:, MAX_BOXES:]
         chosen, there = stand_outs(regions)
         again = there * torch.gather(each, 1, chosen[..., None].expand(-1, -1, of_region))
