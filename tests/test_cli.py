@@ -219,6 +219,10 @@ def test_a_mask_that_the_model_itself_doubts(bright_segmenter: Any, scans: Path)
     assert told.stderr == "" and "expected" not in told.stdout, "a model that never learned how sure it may be"
     printed = run("segment", scans / "a.png", "No doubt?", "--json")
     assert json.loads(printed.stdout)["confidence"] == 0.125 and printed.stderr == ""
+    Image.new("RGB", (40, 30)).save("dark.png")
+    done = run("segment", "dark.png", "No doubt?")
+    assert done.stderr == "warning: the model is not sure that nothing is there, its probability is 0.12\n"
+    assert "(0 px, nothing there with probability 0.12)" in done.stdout
 
 
 def test_merge_learns_how_sure_a_model_may_be(bright_segmenter: Any, tmp_path: Path) -> None:

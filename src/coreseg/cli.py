@@ -174,10 +174,16 @@ def _say(record: dict[str, Any], as_json: bool, many: bool) -> None:
     typer.echo(record["answer"])
     for warning in record["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
-    expected = record["confidence"]
-    if expected is not None and expected < GOOD_DICE:
-        typer.echo(f"warning: the model expects little of this mask, a Dice of {expected:.2f}", err=True)
-    area = f"{record['mask_area_px']:,} px" + ("" if expected is None else f", expected Dice {expected:.2f}")
+    expected, area = record["confidence"], f"{record['mask_area_px']:,} px"
+    if expected is not None:
+        doubt = f"the model expects little of this mask, a Dice of {expected:.2f}"
+        if record["found"]:
+            area += f", expected Dice {expected:.2f}"
+        else:  # an empty mask's Dice is 1 where nothing is there and 0 where something is
+            doubt = f"the model is not sure that nothing is there, its probability is {expected:.2f}"
+            area += f", nothing there with probability {expected:.2f}"
+        if expected < GOOD_DICE:
+            typer.echo(f"warning: {doubt}", err=True)
     typer.echo(f"mask: {record['mask']} ({area}), overlay: {record['overlay']}, {record['seconds']:.1f} s")
 
 

@@ -73,9 +73,9 @@ class Result:
     warnings: why not to rely on it: values that were stretched, transparency, words that tell of a lesion beside an
     empty mask, and a picture or question unlike what the model was trained on, if it has a record of that
     (`coreseg merge --scope`).
-    confidence: the Dice that the model expects of its mask, in [0, 1]; 0 where the form is invalid, and where the
-    words tell of a lesion beside an empty mask. None for a model that never learned how sure it may be
-    (`coreseg merge --confidence`).
+    confidence: the Dice that the model expects of its mask, in [0, 1]; of an empty one, the probability that nothing is
+    there. 0 where the form is invalid, and where the words tell of a lesion beside an empty mask. None for a model that
+    never learned how sure it may be (`coreseg merge --confidence`).
     signs: what the confidence is told from, see `coreseg.model.confidence.Signs`.
     """
 
