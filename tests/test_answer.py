@@ -52,7 +52,7 @@ def test_the_exact_forms() -> None:
 
 def test_what_a_person_reads() -> None:
     assert answer_sentence(FOUND) == "The foot ulcer is located at [[3, 4, 20, 30]]."
-    assert answer_sentence(TWO) == "The foot ulcer are located at [[3, 4, 20, 30], [40, 40, 64, 64]]."
+    assert answer_sentence(TWO) == "The foot ulcers are located at [[3, 4, 20, 30], [40, 40, 64, 64]]."
     assert answer_sentence(ABSENT) == "No lung opacity is visible."
 
 

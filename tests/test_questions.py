@@ -83,6 +83,8 @@ def test_the_seed_decides() -> None:
         ("brain mass", "brain masses"),
         ("metastasis", "metastases"),
         ("x-ray", "x-rays"),
+        ("villus", "villuses"),
+        ("exudates of the retina", "exudates of the retina"),
     ],
 )
 def test_plural(noun: str, expected: str) -> None:

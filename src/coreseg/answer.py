@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int
 
 from coreseg.errors import InputError, ModelError
+from coreseg.questions import plural
 from coreseg.types import MAX_BOXES, Answer, Box
 
 SEG_TOKEN: Final = "<seg>"
@@ -90,11 +91,12 @@ def render(answer: Answer) -> str:
 
 
 def answer_sentence(answer: Answer) -> str:
-    """What a person reads: the content of the answer block, without the mask marker."""
+    """What a person reads: the content of the answer block, in the right number, without the mask marker."""
     if not answer.found:
         return f"No {answer.category} is visible."
-    verb = "is" if len(answer.boxes) == 1 else "are"
-    return f"The {answer.category} {verb} located at {[list(box) for box in answer.boxes]}."
+    one = len(answer.boxes) == 1
+    name = f"{answer.category} is" if one else f"{plural(answer.category)} are"
+    return f"The {name} located at {[list(box) for box in answer.boxes]}."
 
 
 def parse(text: str, frame_wh: tuple[int, int] | None = None) -> Answer | None:

@@ -187,12 +187,17 @@ def with_article(noun: str) -> str:
 
 
 def plural(noun: str) -> str:
-    """The plural of a lesion's name: of its head, which stands before "in" or "of" or at the end."""
+    """The plural of a lesion's name: of its head, which stands before "in" or "of" or at the end.
+
+    A head that looks like a plural ("exudates", "caries") stays.
+    """
     head, link, tail = noun, "", ""
     for word in (" in ", " of "):
         if word in noun:
             head, link, tail = noun.partition(word)
             break
+    if re.search(r"[^siu]s$", head):
+        return noun
     if head.endswith(("s", "x", "ch", "sh")):
         head = f"{head[:-2]}es" if head.endswith("sis") else f"{head}es"
     elif head.endswith("y") and head[-2:-1] not in "aeiou":
