@@ -14,8 +14,6 @@ from coreseg.questions import (
     attribute_questions,
     mistyped,
     names_any,
-    plural,
-    with_article,
 )
 
 SIDE = 100
@@ -72,29 +70,6 @@ def test_no_lay_word_is_both_trained_and_held_out() -> None:
 
 def test_the_seed_decides() -> None:
     assert ask("polyp", np.random.default_rng(4)) == ask("polyp", np.random.default_rng(4))
-
-
-@pytest.mark.parametrize(
-    ("noun", "expected"),
-    [
-        ("polyp", "polyps"),
-        ("lung opacity", "lung opacities"),
-        ("bleeding in the retina", "bleedings in the retina"),
-        ("brain mass", "brain masses"),
-        ("metastasis", "metastases"),
-        ("x-ray", "x-rays"),
-        ("villus", "villuses"),
-        ("exudates of the retina", "exudates of the retina"),
-    ],
-)
-def test_plural(noun: str, expected: str) -> None:
-    assert plural(noun) == expected
-
-
-def test_article() -> None:
-    assert with_article("ulcer") == "an ulcer" and with_article("polyp") == "a polyp"
-    assert with_article("MS lesion") == "an MS lesion" and with_article("x-ray image") == "an x-ray image"
-    assert with_article("CT scan") == "a CT scan" and with_article("ischemic stroke") == "an ischemic stroke"
 
 
 OWN_WORDS = Path(__file__).parents[1] / "recipes" / "nano" / "own_words"

@@ -26,7 +26,7 @@ from coreseg.data.build.describe import describe
 from coreseg.data.build.quality import Facts, pixel_faults, text_faults
 from coreseg.data.store import LesionSet
 from coreseg.masks import label_lesions
-from coreseg.questions import plural
+from coreseg.nouns import plural
 from coreseg.sentences import pick, word
 
 OWN, SEEN, UNSEEN = VOCABULARIES = ("describer's words", "words seen", "words held out")

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Int
 
 from coreseg.errors import InputError, ModelError
-from coreseg.questions import plural
+from coreseg.nouns import plural
 from coreseg.types import MAX_BOXES, Answer, Box
 
 SEG_TOKEN: Final = "<seg>"

@@ -17,7 +17,8 @@ from jaxtyping import Bool, UInt8
 from coreseg.data.build.stage import Fault, Outcome
 from coreseg.data.store import LesionSet
 from coreseg.errors import DataError, InputError
-from coreseg.questions import ask, plural, with_article
+from coreseg.nouns import plural, with_article
+from coreseg.questions import ask
 from coreseg.sentences import listed, pick, word
 from coreseg.statements import measure_all
 from coreseg.types import Sample

@@ -17,7 +17,7 @@ from coreseg.data.build.endpoint import Prompt
 from coreseg.data.build.quality import MAX_WORDS
 from coreseg.data.build.replies import Description, Judgement, Thought
 from coreseg.data.build.stage import Fault
-from coreseg.questions import with_article
+from coreseg.nouns import with_article
 from coreseg.types import Sample
 
 _LINE_RGB = (0, 214, 255)

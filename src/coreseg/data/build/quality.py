@@ -19,7 +19,7 @@ from coreseg.data.build.settings import TeacherConfig
 from coreseg.data.build.stage import Fault, Outcome, Scores, stream
 from coreseg.data.store import LesionSet
 from coreseg.errors import DataError, InputError
-from coreseg.questions import plural
+from coreseg.nouns import plural
 from coreseg.sentences import find
 from coreseg.statements import contradictions, measured_and_accepted
 from coreseg.types import Sample
