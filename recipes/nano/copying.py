@@ -23,11 +23,12 @@ category; at the end of the third run (--kinds) the adapter learns to say it to 
 several, for a kind that `kinds.py` learned a prompt for that prompt, else that every lesion is meant.
 
 What must be learned is the same for every picture, and thousands of layouts take the time of a few hundred pictures.
-Muon (Jordan et al., 2024) trains the matrices of the layers: AdamW did not find the look-up of a region by one of its
+Muon (`coreseg.train.muon`) trains the matrices of the layers: AdamW did not find the look-up of a region by one of its
 numbers, nor by what it stands out by, in several times as long (docs/log.md). Our choice throughout.
 """
 
 import argparse
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -411,7 +412,8 @@ def train(
         {"params": [p for p in trained if p not in matrices], "lr": OTHERS_LEARNING_RATE},
         {"params": [p for p in trained if p in matrices], "lr": LEARNING_RATE, "muon": True},
     ]
-    averaged, _ = spend(Budget(minutes=options.minutes), copier, groups, loss_of, options.out, description="copying")
+    budget = Budget(options.steps, options.minutes)
+    averaged, _ = spend(budget, copier, groups, loss_of, options.out, description="copying")
     model.reasoner.load_state_dict(averaged.reasoner.state_dict())
 
 
@@ -506,6 +508,7 @@ if __name__ == "__main__":
     parser.add_argument("--kinds", type=Path, metavar="FILE", help="the prompts that kinds.py learned: fit the adapter")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=45.0, help="of processor time, the adapter's not counted")
+    parser.add_argument("--steps", type=int, default=math.inf, help="end earlier, after so many")
     parser.add_argument("--any-order", type=float, default=0.5, metavar="SHARE", help="of answers in any order")
     parser.add_argument(
         "--mixed-up",

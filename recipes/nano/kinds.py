@@ -10,6 +10,7 @@ a real set enters. What stays is a decoder that listens; the learned prompts, in
 """
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def two_kind_pictures(sets: list[LesionSet]) -> Iterator[tuple[torch.Tensor, dic
                 yield squared(lesions, rows[0])[0], masks
 
 
-def train(segmenter: Path, sets: list[LesionSet], out: Path, minutes: float, seed: int) -> None:
+def train(segmenter: Path, sets: list[LesionSet], out: Path, budget: Budget, seed: int) -> None:
     """Train the mask decoder on pairs and whole pictures, and leave the model in `out`."""
     torch.manual_seed(seed)
     model = EdgeTamModel.from_pretrained(segmenter).eval()
@@ -82,7 +83,7 @@ def train(segmenter: Path, sets: list[LesionSet], out: Path, minutes: float, see
         return apart_loss + 2 * together_loss
 
     groups = [{"params": [model.learned, *model.mask_decoder.parameters()], "lr": LEARNING_RATE}]
-    averaged, _ = spend(Budget(minutes=minutes), model, groups, loss_of, out, description="kinds")
+    averaged, _ = spend(budget, model, groups, loss_of, out, description="kinds")
     save_file(
         {name: averaged.learned[number].detach() for number, name in enumerate(names)}, out / "prompts.safetensors"
     )
@@ -96,7 +97,8 @@ if __name__ == "__main__":
     parser.add_argument("datasets", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=6.0, help="of processor time")
+    parser.add_argument("--steps", type=int, default=math.inf, help="end earlier, after so many")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     sets = [LesionSet.open(path) for path in options.datasets]
-    train(options.segmenter, sets, options.out, options.minutes, options.seed)
+    train(options.segmenter, sets, options.out, Budget(options.steps, options.minutes), options.seed)

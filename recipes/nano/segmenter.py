@@ -170,9 +170,8 @@ if __name__ == "__main__":
     parser.add_argument("datasets", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=90.0, help="of processor time")
-    parser.add_argument("--steps", type=int, help="end earlier, after so many")
+    parser.add_argument("--steps", type=int, default=math.inf, help="end earlier, after so many")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     sets = [LesionSet.open(path) for path in options.datasets]
-    budget = Budget(options.steps or math.inf, options.minutes)
-    train(sets, options.out, budget, options.seed)
+    train(sets, options.out, Budget(options.steps, options.minutes), options.seed)

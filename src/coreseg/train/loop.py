@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from coreseg.errors import TrainingError
+from coreseg.train.muon import Muon
 from coreseg.train.trainer import Clock
 
 EMA_DECAY = 0.995
@@ -140,7 +141,7 @@ def _optimizers(groups: list[dict[str, Any]], on_gpu: bool) -> dict[str, torch.o
     if plain:
         made["optimizer"] = torch.optim.AdamW(plain, weight_decay=WEIGHT_DECAY, fused=on_gpu)
     if matrices:
-        made["muon"] = torch.optim.Muon(matrices, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+        made["muon"] = Muon(matrices, weight_decay=WEIGHT_DECAY)
     return made
 
 
