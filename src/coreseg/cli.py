@@ -498,4 +498,10 @@ def train_grpo(config: ConfigArgument, overrides: SetOption = None) -> None:
 
 
 def _say_trained(run: Path) -> None:
-    typer.echo(f'{run}: trained; try: coreseg segment IMAGE "QUESTION" --model {run}')
+    """Tell where the model is; of several processes the first does, and each ends here, everything being saved."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f'{run}: trained; try: coreseg segment IMAGE "QUESTION" --model {run}')
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        # PyTorch's DDP leaves threads of its process group, and one that frees a tensor while Python ends aborts it.
+        os._exit(0)

@@ -13,25 +13,32 @@ from one_step import plain_descent, step_all
 from coreseg.model.assemble import load_parts
 
 
-def stepped_by_two(nano: Path, phantoms: Path, out: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """The weights after one step of four rows over two gloo processes."""
+def by_two(*command: str) -> list[str]:
+    """What two gloo processes that run a command print, the first one's first; both must end well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(Path(__file__).parent / "one_step.py"), str(nano), str(phantoms), str(out), "2"]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
             command,
             env=os.environ | shared | {"ACCELERATE_USE_CPU": "true", "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
         )
         for rank in range(2)
     ]
+    printed = []
     for process in running:
-        _, errors = process.communicate(timeout=240)
+        output, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors.decode()[-2000:]
+        printed.append(output.decode())
+    return printed
+
+
+def stepped_by_two(nano: Path, phantoms: Path, out: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights after one step of four rows over two processes."""
+    by_two(sys.executable, str(Path(__file__).parent / "one_step.py"), str(nano), str(phantoms), str(out), "2")
     weights: dict[str, dict[str, torch.Tensor]] = torch.load(out / "weights.pt", weights_only=True)
     return weights
 
@@ -50,3 +57,15 @@ def test_two_processes_equal_one(nano: Path, phantoms: Path, tmp_path: Path, mon
     for stage in ("grpo", "sft"):
         with_all, with_some = ones[f"{stage}-0"], ones[f"{stage}-2"]
         assert any(not torch.equal(with_all[name], tensor) for name, tensor in with_some.items())
+
+
+def test_the_command_trains_by_two(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    """As under torchrun; one model comes of it, and one process tells of it."""
+    config = tmp_path / "sft.toml"
+    config.write_text(f'model = "{nano}"\ndata = ["{phantoms}"]\nout = "{tmp_path / "run"}"\nlora_rank = 0\n')
+    more = [f"--set={setting}" for setting in ("steps=2", "batch_size=2", "eval_samples=0", "save_every=2")]
+    command = (sys.executable, "-c", "from coreseg.cli import main; main()")
+    first, second = by_two(*command, "train", "sft", str(config), *more)
+    assert "trained; try" in first
+    assert "trained; try" not in second
+    load_parts(tmp_path / "run")
