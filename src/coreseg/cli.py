@@ -477,7 +477,7 @@ def train_sft(config: ConfigArgument, overrides: SetOption = None) -> None:
     _quiet_transformers()
     from coreseg.train.sft import train_sft as run
 
-    _say_trained(run(settings))
+    _end_training(run(settings))
 
 
 @train_app.command("grpo")
@@ -494,10 +494,10 @@ def train_grpo(config: ConfigArgument, overrides: SetOption = None) -> None:
     _quiet_transformers()
     from coreseg.train.grpo import train_grpo as run
 
-    _say_trained(run(settings))
+    _end_training(run(settings))
 
 
-def _say_trained(run: Path) -> None:
+def _end_training(run: Path) -> None:
     """Tell where the model is; of several processes the first does, and each ends here, everything being saved."""
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f'{run}: trained; try: coreseg segment IMAGE "QUESTION" --model {run}')
