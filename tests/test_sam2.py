@@ -35,6 +35,30 @@ def test_the_same_mask_as_the_stock_forward_pass(model: PreTrainedModel, pixels:
 
 
 @torch.no_grad()
+def test_a_larger_square_is_decoded_as_by_a_model_of_that_size(
+    model: PreTrainedModel, pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    larger = torch.nn.functional.interpolate(pixels, (96, 96), mode="bilinear")
+    prompt = torch.randn(2, 1, 3, 32, generator=torch.Generator().manual_seed(1))
+    ours = decode_masks(model, encode_image(model, larger), prompt)
+    # What a configuration of 96 px has.
+    monkeypatch.setattr(model.prompt_encoder, "image_embedding_size", (6, 6))
+    positions = model.get_image_wide_positional_embeddings().expand(2, -1, -1, -1)
+    dense = model.prompt_encoder(input_points=None, input_labels=None, input_boxes=None, input_masks=None)[1]
+    finest, finer, coarse = encode_image(model, larger)
+    stock, *_ = model.mask_decoder(
+        image_embeddings=coarse + model.no_memory_embedding.view(1, -1, 1, 1),
+        image_positional_embeddings=positions,
+        sparse_prompt_embeddings=prompt,
+        dense_prompt_embeddings=dense.expand(2, -1, -1, -1),
+        multimask_output=False,
+        high_resolution_features=[model.mask_decoder.conv_s0(finest), model.mask_decoder.conv_s1(finer)],
+    )
+    assert ours.shape == (2, 1, 24, 24)
+    torch.testing.assert_close(ours, stock[:, :, 0], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_a_batch_equals_its_rows(model: PreTrainedModel, pixels: torch.Tensor) -> None:
     prompt = torch.randn(2, 1, 3, 32, generator=torch.Generator().manual_seed(1))
     together = decode_masks(model, encode_image(model, pixels), prompt)

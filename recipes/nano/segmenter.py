@@ -5,7 +5,7 @@
 
 It never learns a category, so that what the question adds later can be measured: a picture's lesions of all categories
 are one mask. Batches are drawn with weight 1 / sqrt(set size), phantoms at half of that. Some pictures are drawn as a
-part around a lesion, enlarged, as a second look (`coreseg.model.second_look`) sees them. The moving average of the
+part around a lesion, enlarged, as a second look (`coreseg.model.looks`) sees them. The moving average of the
 weights is what is saved. A run that was stopped goes on from its last checkpoint.
 """
 

@@ -41,16 +41,21 @@ def decode_masks(
 ) -> Float[torch.Tensor, "batch prompts map_height map_width"]:
     """One mask (logits, at the finest map's size) for each sparse prompt of each image.
 
-    The dense prompt is SAM's "no mask" embedding, and one mask comes out, never the multimask set.
+    The maps may be of a larger or smaller square than the configuration's: a prompt's places are shares of it. The
+    dense prompt is SAM's "no mask" embedding, and one mask comes out, never the multimask set.
     """
     decoder = segmenter.mask_decoder
     finest, finer, coarse = maps
-    _, dense = segmenter.prompt_encoder(input_points=None, input_labels=None, input_boxes=None, input_masks=None)
+    height, width = coarse.shape[-2:]
+    along = [(torch.arange(n, device=coarse.device) + 0.5) / n for n in (width, height)]
+    places = torch.stack(torch.meshgrid(along, indexing="xy"), dim=-1)
+    positions = segmenter.shared_image_embedding(places)
+    no_mask = segmenter.prompt_encoder.no_mask_embed.weight
     masks, *_ = decoder(
         image_embeddings=coarse + segmenter.no_memory_embedding.view(1, -1, 1, 1),
-        image_positional_embeddings=segmenter.get_image_wide_positional_embeddings().expand(len(coarse), -1, -1, -1),
+        image_positional_embeddings=positions.permute(2, 0, 1).expand(len(coarse), -1, -1, -1),
         sparse_prompt_embeddings=sparse_prompts,
-        dense_prompt_embeddings=dense.expand(len(coarse), -1, -1, -1),
+        dense_prompt_embeddings=no_mask.view(1, -1, 1, 1).expand(len(coarse), -1, height, width),
         multimask_output=False,
         high_resolution_features=[decoder.conv_s0(finest), decoder.conv_s1(finer)],
     )

@@ -18,9 +18,9 @@ from coreseg.imaging import read_image_and_changes
 from coreseg.model.assemble import DTYPES, EMBEDDED, confidence_of, load_parts, scope_of
 from coreseg.model.confidence import Confidence, Signs
 from coreseg.model.core_seg import CoreSeg
+from coreseg.model.looks import all_looks, boxes_within
 from coreseg.model.processor import AnswerConstraint, CoreSegProcessor
 from coreseg.model.scope import Scope
-from coreseg.model.second_look import boxes_within, two_looks
 from coreseg.sam2 import encode_image, texture
 from coreseg.types import Answer, Box, Result
 
@@ -191,18 +191,18 @@ class Segmenter:
         )
 
     def _looked(self, picture: np.ndarray, answer: Answer, output: "_Output") -> Float[torch.Tensor, "height width"]:
-        """Mask logits at the picture's own size, after a second look where the model takes one."""
+        """Mask logits at the picture's own size, after as many looks as the model takes."""
         model, states = self.model, cast(torch.Tensor, output.states)[None]
 
         @torch.no_grad()
-        def ask(part: np.ndarray, window: Box) -> Float[torch.Tensor, "map_height map_width"]:
-            pixels = self.processor.segmenter_pixels(part).to(model.device, model.dtype)
+        def ask(part: np.ndarray, window: Box, side_px: int) -> Float[torch.Tensor, "map_height map_width"]:
+            pixels = self.processor.segmenter_pixels(part, side_px).to(model.device, model.dtype)
             boxes = self.processor.segmenter_boxes(boxes_within(answer.boxes, window), part.shape[1::-1])
             present = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
             maps = encode_image(model.segmenter, pixels)
             return model.decode(states, present, maps, [boxes.to(model.device)])[0]
 
-        return two_looks(self.processor, picture, cast(torch.Tensor, output.mask_logits), ask)
+        return all_looks(self.processor, picture, cast(torch.Tensor, output.mask_logits), ask)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from coreseg.evaluate.run import Images
 from coreseg.masks import box_tuples, mask_to_boxes
 from coreseg.model.assemble import find_checkpoint
 from coreseg.model.core_seg import Boxes
+from coreseg.model.looks import all_looks, boxes_within
 from coreseg.model.processor import CoreSegProcessor, Picture
-from coreseg.model.second_look import boxes_within, two_looks
 from coreseg.segmenter import Segmenter
 from coreseg.types import Answer, Box, Result, Sample
 
@@ -55,25 +55,28 @@ class SegmenterAlone:
     def predict(self, samples: Sequence[Sample], images: Images, questions: Sequence[str]) -> Sequence[Result]:
         """See `coreseg.evaluate.Predictor`; the questions are not read, the samples give the category for the text."""
         started = time.perf_counter()
-        first = self._look(images, [sample.boxes for sample in samples])
+        side_px = self.segmenter.model.config.segmenter_size_px
+        first = self._look(images, [sample.boxes for sample in samples], side_px)
         logits = [
-            two_looks(self.segmenter.processor, image, row, partial(self._look_again, sample.boxes))
+            all_looks(self.segmenter.processor, image, row, partial(self._look_again, sample.boxes))
             for sample, image, row in zip(samples, images, first, strict=True)
         ]
         return answers_from_masks(samples, images, logits, started)
 
-    def _look(self, images: Images, reference: Sequence[Sequence[Box]]) -> Float[torch.Tensor, "batch height width"]:
+    def _look(
+        self, images: Images, reference: Sequence[Sequence[Box]], side_px: int
+    ) -> Float[torch.Tensor, "batch height width"]:
         model, processor = self.segmenter.model, self.segmenter.processor
-        pixels = torch.cat([processor.segmenter_pixels(image) for image in images])
+        pixels = torch.cat([processor.segmenter_pixels(image, side_px) for image in images])
         boxes = [
             processor.segmenter_boxes(row, image.shape[1::-1]) for row, image in zip(reference, images, strict=True)
         ]
         return self.mask_logits(pixels.to(model.device, model.dtype), boxes)
 
     def _look_again(
-        self, reference: Sequence[Box], part: Picture, window: Box
+        self, reference: Sequence[Box], part: Picture, window: Box, side_px: int
     ) -> Float[torch.Tensor, "map_height map_width"]:
-        return self._look([part], [boxes_within(reference, window)])[0]
+        return self._look([part], [boxes_within(reference, window)], side_px)[0]
 
     def mask_logits(
         self, pixels: Float[torch.Tensor, "batch 3 side side"], boxes: Boxes

@@ -195,11 +195,11 @@ class CoreSegProcessor:
         moved = map_boxes(np.array(boxes, dtype=np.int64).reshape(-1, 4), from_wh, to_wh)
         return box_tuples(moved)
 
-    def segmenter_pixels(self, image: Picture) -> Float[torch.Tensor, "1 3 side side"]:
-        """The picture stretched to the segmenter's square and normalised."""
+    def segmenter_pixels(self, image: Picture, side_px: int | None = None) -> Float[torch.Tensor, "1 3 side side"]:
+        """The picture stretched to the segmenter's square, or to one of `side_px`, and normalised."""
         mean = torch.tensor(self.config.segmenter_mean).view(1, 3, 1, 1)
         std = torch.tensor(self.config.segmenter_std).view(1, 3, 1, 1)
-        return (stretch_image(image, self.config.segmenter_size_px) - mean) / std
+        return (stretch_image(image, side_px or self.config.segmenter_size_px) - mean) / std
 
     @staticmethod
     def in_pixels(

@@ -1,12 +1,14 @@
-"""The second look: where it looks, what it adds, and that it asks the same of the part."""
+"""Further looks: where they look, what they add, and that they ask the same."""
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
+from coreseg.errors import ConfigError
 from coreseg.evaluate.predictors import QuestionBlind
-from coreseg.model.second_look import LARGEST, MARGIN, boxes_within, two_looks, window_around
+from coreseg.model.core_seg import CoreSegConfig
+from coreseg.model.looks import LARGEST, MARGIN, all_looks, boxes_within, window_around
 from coreseg.sam2 import encode_image
 from coreseg.segmenter import Segmenter
 from coreseg.types import Sample
@@ -48,20 +50,68 @@ def test_the_looks_are_averaged_inside_the_window(nano: Segmenter, monkeypatch: 
     picture = np.zeros((100, 200, 3), dtype=np.uint8)
     asked = []
 
-    def ask(part: np.ndarray, window: tuple[int, int, int, int]) -> torch.Tensor:
-        asked.append((part.shape, window))
+    def ask(part: np.ndarray, window: tuple[int, int, int, int], side_px: int) -> torch.Tensor:
+        asked.append((part.shape, window, side_px))
         return torch.full((8, 8), -5.0)
 
-    plain = two_looks(nano.processor, picture, first, ask)
+    plain = all_looks(nano.processor, picture, first, ask)
     assert not asked, "off by default"
     monkeypatch.setattr(nano.processor.config, "second_look", True)
-    both = two_looks(nano.processor, picture, first, ask)
-    ((shape, (x1, y1, x2, y2)),) = asked
-    assert shape == (y2 - y1, x2 - x1, 3)
+    both = all_looks(nano.processor, picture, first, ask)
+    ((shape, (x1, y1, x2, y2), side_px),) = asked
+    assert shape == (y2 - y1, x2 - x1, 3) and side_px == nano.model.config.segmenter_size_px
     expected = plain.clone()
     expected[y1:y2, x1:x2] = (plain[y1:y2, x1:x2] - 5) / 2
     torch.testing.assert_close(both, expected)
     assert (plain > 0).any() and not (both > 0).any()
+
+
+def test_larger_looks_are_averaged_before_the_second_one(nano: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = torch.full((10, 20), -1.0)
+    first[4:6, 9:11] = 3.0
+    picture = np.zeros((100, 200, 3), dtype=np.uint8)
+    asked = []
+
+    def ask(part: np.ndarray, window: tuple[int, int, int, int], side_px: int) -> torch.Tensor:
+        asked.append((window, side_px))
+        return torch.full((side_px // 4, side_px // 4), {96: -9.0, 128: 3.0, 64: 0.5}[side_px])
+
+    plain = all_looks(nano.processor, picture, first, ask)
+    monkeypatch.setattr(nano.processor.config, "larger_looks_px", [96, 128])
+    larger = all_looks(nano.processor, picture, first, ask)
+    assert asked == [((0, 0, 200, 100), 96), ((0, 0, 200, 100), 128)]
+    torch.testing.assert_close(larger, (plain - 9 + 3) / 3)
+    monkeypatch.setattr(nano.processor.config, "second_look", True)
+    assert torch.equal(all_looks(nano.processor, picture, first, ask), larger), "nothing left to look at again"
+
+
+def test_an_answer_asks_the_same_in_a_larger_square(nano: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: the states of the first look decode the maps of the larger square."""
+    picture = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
+    seen = []
+    decode = nano.model.decode
+
+    def decoding(states: torch.Tensor, present: torch.Tensor, maps: list[torch.Tensor], boxes: object) -> torch.Tensor:
+        seen.append((states, present, decode(states, present, maps, boxes)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(nano.model, "decode", decoding)
+    monkeypatch.setattr(nano.processor.config, "larger_looks_px", [96])
+    (result,) = nano.segment_batch([picture], ["Where is the cyst?"], reasoning=["One is there."])
+    (states, present, first), (_, _, larger) = seen
+    with torch.no_grad():
+        maps = encode_image(nano.model.segmenter, nano.processor.segmenter_pixels(picture, 96))
+        torch.testing.assert_close(larger, decode(states, present, maps, None))
+    assert larger.shape[-1] * 64 == first.shape[-1] * 96
+    planes = [functional.interpolate(look[None], (96, 128), mode="bilinear")[0, 0] for look in (first, larger)]
+    assert np.array_equal(result.mask, (planes[0] + planes[1] > 0).numpy())
+    assert not torch.equal(planes[0] > 0, planes[0] + planes[1] > 0), "the comparison could not fail"
+
+
+@pytest.mark.parametrize("sides", [[300], [-32], [0], [320, 100]])
+def test_a_square_that_the_maps_do_not_fit_is_refused(sides: list[int]) -> None:
+    with pytest.raises(ConfigError, match="multiples of 32"):
+        CoreSegConfig(larger_looks_px=sides)
 
 
 def test_an_answer_asks_the_same_of_the_part(nano: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
-"""A second look, enlarged, at what the first one found: a small lesion is a few pixels of the segmenter's square.
+"""More looks than one: a small lesion is a few pixels of the segmenter's square, and what is unsure averages out.
 
-The window around the first mask is cut out of the picture and asked for the same; where both looks see, the mean of
-their logits counts. What the first look missed stays missed. Our choice throughout; the paper looks once.
+The whole picture may be seen in larger squares too, and the mean of the logits counts. Then a second look at what was
+found, enlarged: the window around that mask is cut out of the picture and asked for the same; where both see, the mean
+of their logits counts. What the whole picture did not show stays missed. Our choice throughout; the paper looks once.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,22 +46,26 @@ def boxes_within(boxes: Sequence[Box], window: Box) -> list[Box]:
     return [(a, b, c, d) for a, b, c, d in cut if a < c and b < d]
 
 
-def two_looks(
+def all_looks(
     processor: CoreSegProcessor,
     picture: Picture,
     logits: Float[torch.Tensor, "map_height map_width"],
-    ask: Callable[[Picture, Box], Float[torch.Tensor, "map_height map_width"]],
+    ask: Callable[[Picture, Box, int], Float[torch.Tensor, "look_height look_width"]],
 ) -> Float[torch.Tensor, "height width"]:
-    """Mask logits in the picture's own pixels, from those of the first look and, where there is one, of a second.
+    """Mask logits in the picture's own pixels, from those of the first look and of those that the configuration adds.
 
-    `ask` gives the second look's logits for a part of the picture and its place. Without `second_look` in the
-    configuration there is none.
+    `ask` gives the logits for a part of the picture, its place, and the side in px of the square to see it in. The
+    configuration adds `larger_looks_px` and `second_look`.
     """
-    plane = processor.in_pixels(logits, picture.shape[:2])
-    window = window_around((plane > 0).cpu().numpy()) if processor.config.second_look else None
+    config, size = processor.config, picture.shape[:2]
+    whole = (0, 0, size[1], size[0])
+    planes = [processor.in_pixels(logits, size)]
+    planes += [processor.in_pixels(ask(picture, whole, side), size) for side in config.larger_looks_px]
+    plane = torch.stack(planes).mean(dim=0)
+    window = window_around((plane > 0).cpu().numpy()) if config.second_look else None
     if window:
         x1, y1, x2, y2 = window
         part = picture[y1:y2, x1:x2]
-        again = processor.in_pixels(ask(part, window), part.shape[:2])
+        again = processor.in_pixels(ask(part, window, config.segmenter_size_px), part.shape[:2])
         plane[y1:y2, x1:x2] = (plane[y1:y2, x1:x2] + again) / 2
     return plane
