@@ -1,5 +1,6 @@
 """Models as the evaluation sees them: what they are asked, and what makes two of them differ."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from coreseg.answer import parse
 from coreseg.data.store import LesionSet
 from coreseg.evaluate.predictors import ModelPredictor, OracleBox, QuestionBlind
 from coreseg.evaluate.run import Predictor
+from coreseg.model.core_seg import CoreSegConfig
 from coreseg.segmenter import Segmenter
 
 
@@ -37,9 +39,21 @@ def test_free_decoding_reaches_the_segmenter(bright_segmenter: Any, monkeypatch:
     assert asked == [True, False]
 
 
-def load(folder: Path, monkeypatch: pytest.MonkeyPatch, bright_segmenter: Any, constrained: bool = True) -> Any:
-    monkeypatch.setattr(bright_segmenter, "model", SimpleNamespace(dtype=torch.float32), raising=False)
+def load(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, bright_segmenter: Any, constrained: bool = True, **changes: Any
+) -> Any:
+    model = SimpleNamespace(dtype=torch.float32, config=CoreSegConfig(**changes))
+    monkeypatch.setattr(bright_segmenter, "model", model, raising=False)
     return ModelPredictor.load(str(folder), "cpu", "float32", constrained=constrained)
+
+
+@pytest.mark.parametrize("change", [{"word_bias": {7: 1.5}}, {"larger_looks_px": [320]}, {"second_look": True}])
+def test_other_ways_to_answer_are_another_model(
+    bright_segmenter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    first, other = (load(tmp_path, monkeypatch, bright_segmenter, **changes) for changes in ({}, change))
+    assert json.loads(json.dumps(first.settings)) != json.loads(json.dumps(other.settings))
 
 
 def test_other_weights_or_decoding_are_another_model(

@@ -57,6 +57,8 @@ _ASKED = {
     "rows": "rows (of which data set, with which --limit)",
     "seed": "seed of the questions",
 }
+_OF_TRAINING = ("weights", "word_bias")
+"""Model settings that differ from one training seed to the next."""
 _WORDING = {"held_out_questions": "held-out questions", "own_words": "questions in own words"}
 
 
@@ -86,13 +88,13 @@ def read_side(name: str, folders: Sequence[Path]) -> list[Run]:
     """The runs of one side, A or B: folders that `coreseg evaluate --out` wrote, one for each training seed.
 
     Raises DataError for a folder without records, ConfigError where a folder comes twice or where runs differ in more
-    than their weights.
+    than what training and fitting gave them.
     """
     runs = [_read_run(folder) for folder in folders]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ConfigError(f"{name} names one folder twice; expected a folder for each training seed")
     first, *others = (
-        {key: value for key, value in run.settings["model_settings"].items() if key != "weights"} for run in runs
+        {key: value for key, value in run.settings["model_settings"].items() if key not in _OF_TRAINING} for run in runs
     )
     for run, settings in zip(runs[1:], others, strict=True):
         if settings != first:

@@ -33,9 +33,17 @@ class ModelPredictor:
 
     @classmethod
     def load(cls, model: str, device: str | None, dtype: str | None, *, constrained: bool) -> "ModelPredictor":
-        """Load a checkpoint; its weights' digest is part of the settings, so that no answer outlives its model."""
+        """Load a checkpoint; all that its answers depend on is in the settings, so that none outlives its model."""
         segmenter = Segmenter.from_pretrained(model, device, dtype)
-        settings = {"weights": model_digest(model), "dtype": str(segmenter.model.dtype), "constrained": constrained}
+        config = segmenter.model.config
+        settings = {
+            "weights": model_digest(model),
+            "dtype": str(segmenter.model.dtype),
+            "constrained": constrained,
+            "word_bias": config.word_bias,
+            "larger_looks_px": config.larger_looks_px,
+            "second_look": config.second_look,
+        }
         return cls(segmenter, model, constrained, settings)
 
     def predict(self, samples: Sequence[Sample], images: Images, questions: Sequence[str]) -> Sequence[Result]:
