@@ -53,6 +53,7 @@ if __name__ == "__main__":
         segmenter_mean=(0.5, 0.5, 0.5),
         segmenter_std=(0.5, 0.5, 0.5),
         reasoning_budget=100,
+        looks_px={"": [256, 320], "retinal exudate": [448, 512]},
         second_look=True,
     )
     model.save_pretrained(options.out)

@@ -202,7 +202,7 @@ class Segmenter:
             maps = encode_image(model.segmenter, pixels)
             return model.decode(states, present, maps, [boxes.to(model.device)])[0]
 
-        return all_looks(self.processor, picture, cast(torch.Tensor, output.mask_logits), ask)
+        return all_looks(self.processor, picture, answer.category, cast(torch.Tensor, output.mask_logits), ask)
 
 
 @dataclass(frozen=True)

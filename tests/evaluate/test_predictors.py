@@ -47,7 +47,7 @@ def load(
     return ModelPredictor.load(str(folder), "cpu", "float32", constrained=constrained)
 
 
-@pytest.mark.parametrize("change", [{"word_bias": {7: 1.5}}, {"larger_looks_px": [320]}, {"second_look": True}])
+@pytest.mark.parametrize("change", [{"word_bias": {7: 1.5}}, {"looks_px": {"": [320]}}, {"second_look": True}])
 def test_other_ways_to_answer_are_another_model(
     bright_segmenter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:

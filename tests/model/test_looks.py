@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from coreseg.answer import parse
 from coreseg.errors import ConfigError
 from coreseg.evaluate.predictors import QuestionBlind
 from coreseg.model.core_seg import CoreSegConfig
@@ -54,10 +55,10 @@ def test_the_looks_are_averaged_inside_the_window(nano: Segmenter, monkeypatch: 
         asked.append((part.shape, window, side_px))
         return torch.full((8, 8), -5.0)
 
-    plain = all_looks(nano.processor, picture, first, ask)
+    plain = all_looks(nano.processor, picture, "cyst", first, ask)
     assert not asked, "off by default"
     monkeypatch.setattr(nano.processor.config, "second_look", True)
-    both = all_looks(nano.processor, picture, first, ask)
+    both = all_looks(nano.processor, picture, "cyst", first, ask)
     ((shape, (x1, y1, x2, y2), side_px),) = asked
     assert shape == (y2 - y1, x2 - x1, 3) and side_px == nano.model.config.segmenter_size_px
     expected = plain.clone()
@@ -66,7 +67,7 @@ def test_the_looks_are_averaged_inside_the_window(nano: Segmenter, monkeypatch: 
     assert (plain > 0).any() and not (both > 0).any()
 
 
-def test_larger_looks_are_averaged_before_the_second_one(nano: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_squares_are_averaged_before_the_second_look(nano: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
     first = torch.full((10, 20), -1.0)
     first[4:6, 9:11] = 3.0
     picture = np.zeros((100, 200, 3), dtype=np.uint8)
@@ -76,13 +77,19 @@ def test_larger_looks_are_averaged_before_the_second_one(nano: Segmenter, monkey
         asked.append((window, side_px))
         return torch.full((side_px // 4, side_px // 4), {96: -9.0, 128: 3.0, 64: 0.5}[side_px])
 
-    plain = all_looks(nano.processor, picture, first, ask)
-    monkeypatch.setattr(nano.processor.config, "larger_looks_px", [96, 128])
-    larger = all_looks(nano.processor, picture, first, ask)
+    plain = all_looks(nano.processor, picture, "cyst", first, ask)
+    monkeypatch.setattr(nano.processor.config, "looks_px", {"": [64, 96, 128], "nodule": [128]})
+    larger = all_looks(nano.processor, picture, "cyst", first, ask)
     assert asked == [((0, 0, 200, 100), 96), ((0, 0, 200, 100), 128)]
     torch.testing.assert_close(larger, (plain - 9 + 3) / 3)
+    nodule = all_looks(nano.processor, picture, "nodule", first, ask)
+    torch.testing.assert_close(nodule, torch.full_like(plain, 3.0))
     monkeypatch.setattr(nano.processor.config, "second_look", True)
-    assert torch.equal(all_looks(nano.processor, picture, first, ask), larger), "nothing left to look at again"
+    assert torch.equal(all_looks(nano.processor, picture, "cyst", first, ask), larger), "nothing left to look at again"
+    monkeypatch.setattr(nano.processor.config, "looks_px", {"nodule": [128]})
+    asked.clear()
+    all_looks(nano.processor, picture, "cyst", first, ask)
+    assert [side for _, side in asked] == [64], "no sides for it: the own square, and the window"
 
 
 def test_an_answer_asks_the_same_in_a_larger_square(nano: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +103,7 @@ def test_an_answer_asks_the_same_in_a_larger_square(nano: Segmenter, monkeypatch
         return seen[-1][-1]
 
     monkeypatch.setattr(nano.model, "decode", decoding)
-    monkeypatch.setattr(nano.processor.config, "larger_looks_px", [96])
+    monkeypatch.setattr(nano.processor.config, "looks_px", {"": [64, 96]})
     (result,) = nano.segment_batch([picture], ["Where is the cyst?"], reasoning=["One is there."])
     (states, present, first), (_, _, larger) = seen
     with torch.no_grad():
@@ -106,12 +113,17 @@ def test_an_answer_asks_the_same_in_a_larger_square(nano: Segmenter, monkeypatch
     planes = [functional.interpolate(look[None], (96, 128), mode="bilinear")[0, 0] for look in (first, larger)]
     assert np.array_equal(result.mask, (planes[0] + planes[1] > 0).numpy())
     assert not torch.equal(planes[0] > 0, planes[0] + planes[1] > 0), "the comparison could not fail"
+    named = parse(result.text)
+    assert named
+    monkeypatch.setattr(nano.processor.config, "looks_px", {"": [64], named.category: [96]})
+    (result,) = nano.segment_batch([picture], ["Where is the cyst?"], reasoning=["One is there."])
+    assert np.array_equal(result.mask, (planes[1] > 0).numpy())
 
 
-@pytest.mark.parametrize("sides", [[300], [-32], [0], [320, 100]])
+@pytest.mark.parametrize("sides", [[300], [-32], [0], [320, 100], []])
 def test_a_square_that_the_maps_do_not_fit_is_refused(sides: list[int]) -> None:
     with pytest.raises(ConfigError, match="multiples of 32"):
-        CoreSegConfig(larger_looks_px=sides)
+        CoreSegConfig(looks_px={"cyst": sides})
 
 
 def test_an_answer_asks_the_same_of_the_part(nano: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:

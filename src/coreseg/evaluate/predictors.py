@@ -41,7 +41,7 @@ class ModelPredictor:
             "dtype": str(segmenter.model.dtype),
             "constrained": constrained,
             "word_bias": config.word_bias,
-            "larger_looks_px": config.larger_looks_px,
+            "looks_px": config.looks_px,
             "second_look": config.second_look,
         }
         return cls(segmenter, model, constrained, settings)
@@ -66,7 +66,7 @@ class SegmenterAlone:
         side_px = self.segmenter.model.config.segmenter_size_px
         first = self._look(images, [sample.boxes for sample in samples], side_px)
         logits = [
-            all_looks(self.segmenter.processor, image, row, partial(self._look_again, sample.boxes))
+            all_looks(self.segmenter.processor, image, "", row, partial(self._look_again, sample.boxes))
             for sample, image, row in zip(samples, images, first, strict=True)
         ]
         return answers_from_masks(samples, images, logits, started)

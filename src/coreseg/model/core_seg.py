@@ -44,8 +44,8 @@ class CoreSegConfig(PreTrainedConfig):
     probe: "seg" takes the state at `<seg>` alone, "answer" the states of every token of the answer block up to it.
     adapter_tokens, adapter_queries, adapter_blocks, adapter_heads: see `SemanticPromptAdapter`.
     box_prompts: whether the boxes written in the text prompt the mask decoder too (an ablation; off in CORE-Seg).
-    larger_looks_px: sides of further squares, multiples of 32, in which answers see the picture (`looks.py`; none in
-    CORE-Seg).
+    looks_px: by the category that an answer names, "" for any other, the sides of the squares in which the picture is
+    seen for its mask, multiples of 32 (`looks.py`; empty, as in CORE-Seg, for the segmenter's own square alone).
     second_look: whether answers look again, enlarged, at what they found (`looks.py`; off in CORE-Seg).
     segmenter_mean, segmenter_std: how the segmenter's pixels, in [0, 1], are normalised.
     reasoning_budget: how many tokens of reasoning the grammar leaves free.
@@ -68,7 +68,7 @@ class CoreSegConfig(PreTrainedConfig):
         adapter_blocks: int = 2,
         adapter_heads: int = 4,
         box_prompts: bool = False,
-        larger_looks_px: tuple[int, ...] | list[int] = (),
+        looks_px: Mapping[str, list[int]] | None = None,
         second_look: bool = False,
         segmenter_mean: tuple[float, ...] | list[float] = (0.485, 0.456, 0.406),
         segmenter_std: tuple[float, ...] | list[float] = (0.229, 0.224, 0.225),
@@ -78,8 +78,9 @@ class CoreSegConfig(PreTrainedConfig):
     ) -> None:
         if probe not in ("seg", "answer"):
             raise ConfigError(f"probe is {probe!r}; expected 'seg' or 'answer'")
-        if any(side <= 0 or side % 32 for side in larger_looks_px):
-            raise ConfigError(f"larger_looks_px is {list(larger_looks_px)}; expected multiples of 32, such as [320]")
+        for category, sides in (looks_px or {}).items():
+            if not sides or any(side <= 0 or side % 32 for side in sides):
+                raise ConfigError(f"looks_px[{category!r}] is {sides}; expected multiples of 32, such as [256, 320]")
         self.reasoner_config = _as_config(reasoner_config)
         self.segmenter_config = _as_config(segmenter_config)
         self.seg_token_id = seg_token_id
@@ -90,7 +91,7 @@ class CoreSegConfig(PreTrainedConfig):
         self.adapter_blocks = adapter_blocks
         self.adapter_heads = adapter_heads
         self.box_prompts = box_prompts
-        self.larger_looks_px = list(larger_looks_px)
+        self.looks_px = dict(looks_px or {})
         self.second_look = second_look
         self.segmenter_mean = list(segmenter_mean)
         self.segmenter_std = list(segmenter_std)

@@ -1,8 +1,9 @@
 """More looks than one: a small lesion is a few pixels of the segmenter's square, and what is unsure averages out.
 
-The whole picture may be seen in larger squares too, and the mean of the logits counts. Then a second look at what was
-found, enlarged: the window around that mask is cut out of the picture and asked for the same; where both see, the mean
-of their logits counts. What the whole picture did not show stays missed. Our choice throughout; the paper looks once.
+The whole picture may be seen in squares of several sides, larger ones where the answer names a category of small
+lesions; the mean of the logits counts. Then a second look at what was found, enlarged: the window around that mask is
+cut out of the picture and asked for the same; where both see, the mean of their logits counts. What the whole picture
+did not show stays missed. Our choice throughout; the paper looks once.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,23 +50,24 @@ def boxes_within(boxes: Sequence[Box], window: Box) -> list[Box]:
 def all_looks(
     processor: CoreSegProcessor,
     picture: Picture,
+    category: str,
     logits: Float[torch.Tensor, "map_height map_width"],
     ask: Callable[[Picture, Box, int], Float[torch.Tensor, "look_height look_width"]],
 ) -> Float[torch.Tensor, "height width"]:
-    """Mask logits in the picture's own pixels, from those of the first look and of those that the configuration adds.
+    """Mask logits in the picture's own pixels, of the looks that the configuration has (`looks_px`, `second_look`).
 
-    `ask` gives the logits for a part of the picture, its place, and the side in px of the square to see it in. The
-    configuration adds `larger_looks_px` and `second_look`.
+    `logits` are those in the segmenter's own square. `ask` gives the logits for a part of the picture, its place, and
+    the side in px of the square to see it in. `category` is what the answer names, "" where nothing does.
     """
     config, size = processor.config, picture.shape[:2]
-    whole = (0, 0, size[1], size[0])
-    planes = [processor.in_pixels(logits, size)]
-    planes += [processor.in_pixels(ask(picture, whole, side), size) for side in config.larger_looks_px]
-    plane = torch.stack(planes).mean(dim=0)
+    whole, own_px = (0, 0, size[1], size[0]), config.segmenter_size_px
+    sides = config.looks_px.get(category) or config.looks_px.get("") or [own_px]
+    looks = [logits if side == own_px else ask(picture, whole, side) for side in sides]
+    plane = torch.stack([processor.in_pixels(look, size) for look in looks]).mean(dim=0)
     window = window_around((plane > 0).cpu().numpy()) if config.second_look else None
     if window:
         x1, y1, x2, y2 = window
         part = picture[y1:y2, x1:x2]
-        again = processor.in_pixels(ask(part, window, config.segmenter_size_px), part.shape[:2])
+        again = processor.in_pixels(ask(part, window, own_px), part.shape[:2])
         plane[y1:y2, x1:x2] = (plane[y1:y2, x1:x2] + again) / 2
     return plane
