@@ -41,6 +41,7 @@ class FakeProcessor(CoreSegProcessor):
 
     def __init__(self) -> None:
         self.config = CoreSegConfig()
+        self.config.segmenter_config = SimpleNamespace(prompt_encoder_config=SimpleNamespace(image_size=4))
         self.tokenizer = SimpleNamespace(eos_token_id=99, pad_token_id=98)
         self.constraints: list[Any] = []
 
