@@ -45,10 +45,15 @@ def test_boxes_are_cut_at_the_window() -> None:
     assert boxes_within(boxes, (10, 20, 20, 30)) == [(2, 1, 8, 5), (0, 0, 5, 2), (0, 0, 10, 10)]
 
 
+def picture_and_first_look() -> tuple[np.ndarray, torch.Tensor]:
+    """A picture, and logits that find something small in its middle."""
+    logits = torch.full((10, 20), -1.0)
+    logits[4:6, 9:11] = 3.0
+    return np.zeros((100, 200, 3), dtype=np.uint8), logits
+
+
 def test_the_looks_are_averaged_inside_the_window(nano: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = torch.full((10, 20), -1.0)
-    first[4:6, 9:11] = 3.0
-    picture = np.zeros((100, 200, 3), dtype=np.uint8)
+    picture, first = picture_and_first_look()
     asked = []
 
     def ask(part: np.ndarray, window: tuple[int, int, int, int], side_px: int) -> torch.Tensor:
@@ -68,9 +73,7 @@ def test_the_looks_are_averaged_inside_the_window(nano: Segmenter, monkeypatch: 
 
 
 def test_squares_are_averaged_before_the_second_look(nano: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = torch.full((10, 20), -1.0)
-    first[4:6, 9:11] = 3.0
-    picture = np.zeros((100, 200, 3), dtype=np.uint8)
+    picture, first = picture_and_first_look()
     asked = []
 
     def ask(part: np.ndarray, window: tuple[int, int, int, int], side_px: int) -> torch.Tensor:

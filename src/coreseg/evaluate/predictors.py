@@ -63,8 +63,7 @@ class SegmenterAlone:
     def predict(self, samples: Sequence[Sample], images: Images, questions: Sequence[str]) -> Sequence[Result]:
         """See `coreseg.evaluate.Predictor`; the questions are not read, the samples give the category for the text."""
         started = time.perf_counter()
-        side_px = self.segmenter.model.config.segmenter_size_px
-        first = self._look(images, [sample.boxes for sample in samples], side_px)
+        first = self._look(images, [sample.boxes for sample in samples])
         logits = [
             all_looks(self.segmenter.processor, image, "", row, partial(self._look_again, sample.boxes))
             for sample, image, row in zip(samples, images, first, strict=True)
@@ -72,7 +71,7 @@ class SegmenterAlone:
         return answers_from_masks(samples, images, logits, started)
 
     def _look(
-        self, images: Images, reference: Sequence[Sequence[Box]], side_px: int
+        self, images: Images, reference: Sequence[Sequence[Box]], side_px: int | None = None
     ) -> Float[torch.Tensor, "batch height width"]:
         model, processor = self.segmenter.model, self.segmenter.processor
         pixels = torch.cat([processor.segmenter_pixels(image, side_px) for image in images])
