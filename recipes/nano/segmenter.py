@@ -11,7 +11,9 @@ weights is what is saved. A run that was stopped goes on from its last checkpoin
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,12 +123,50 @@ def spatial_prompt(
     return torch.where(torch.from_numpy(use_box)[:, None, None, None], as_boxes, as_points), wanted
 
 
+def parameter_groups(model: EdgeTamModel, share: float = 1.0) -> list[dict[str, Any]]:
+    """What trains, with its learning rate, of which a `share` may be taken: slower in the backbone."""
+    backbone, others = [], []
+    for name, parameter in model.named_parameters():
+        (backbone if ".backbone." in name else others).append(parameter)
+    return [
+        {"params": backbone, "lr": share * BACKBONE_LEARNING_RATE},
+        {"params": others, "lr": share * LEARNING_RATE},
+    ]
+
+
 def freeze_statistics(model: torch.nn.Module) -> None:
     """Training mode with ImageNet's batch statistics kept: batches of 8 are too small to estimate them."""
     model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
+
+
+def seen_anew(
+    images: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Square pictures, (3, side, side) 8 bit, and their masks, (masks, side, side): a part of each, changed at random.
+
+    As batches of `IMAGE_SIZE_PX`, the pictures in [0, 1]. The first mask is that of all lesions: parts lie around one.
+    """
+    generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    drawn_images, drawn_masks = [], []
+    for image, shown in zip(images, masks, strict=True):
+        x, y, side = window(shown[0].numpy(), rng)
+        part, size = np.s_[:, :, y : y + side, x : x + side], (IMAGE_SIZE_PX, IMAGE_SIZE_PX)
+        drawn_images.append(functional.interpolate(image[None][part].float(), size, mode="bilinear", antialias=True))
+        drawn_masks.append(functional.interpolate(shown[None][part].float(), size, mode="nearest-exact"))
+    return augment(torch.cat(drawn_images) / 255, torch.cat(drawn_masks), generator)
+
+
+def outline_loss(
+    model: EdgeTamModel, images: torch.Tensor, prompts: torch.Tensor, wanted: torch.Tensor
+) -> torch.Tensor:
+    """Mask loss of (batch, prompts, tokens, channels) on pictures in [0, 1]; `wanted`: (batch, prompts, side, side)."""
+    freeze_statistics(model)
+    pixels = ((images - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
+    logits = decode_masks(model, encode_image(model, pixels), prompts)
+    return dice_ce(logits.flatten(0, 1), wanted.flatten(0, 1))
 
 
 def train(sets: list[LesionSet], out: Path, budget: Budget, seed: int) -> None:
@@ -136,31 +176,16 @@ def train(sets: list[LesionSet], out: Path, budget: Budget, seed: int) -> None:
     images, masks, sources = load(sets, "train", SOURCE_PX)
     weights = draw_weights(sources)
     model = build_segmenter().to(memory_format=torch.channels_last)
-    backbone = {"params": list(model.vision_encoder.backbone.parameters()), "lr": BACKBONE_LEARNING_RATE}
-    others = [p for name, p in model.named_parameters() if ".backbone." not in name]
 
     def loss_of(model: EdgeTamModel, step: int) -> torch.Tensor:
-        rng, generator = np.random.default_rng((seed, step, rank)), torch.Generator()
-        generator.manual_seed(int(rng.integers(2**63)))
-        drawn_images, drawn_masks = [], []
-        for row in rng.choice(len(images), BATCH, p=weights):
-            x, y, side = window(masks[row, 0].numpy(), rng)
-            part = np.s_[:, :, y : y + side, x : x + side]
-            size = (IMAGE_SIZE_PX, IMAGE_SIZE_PX)
-            drawn_images.append(
-                functional.interpolate(images[row][None][part].float(), size, mode="bilinear", antialias=True)
-            )
-            drawn_masks.append(functional.interpolate(masks[row][None][part].float(), size, mode="nearest-exact"))
-        batch_images, batch_masks = augment(torch.cat(drawn_images) / 255, torch.cat(drawn_masks), generator)
-        freeze_statistics(model)
-        pixels = ((batch_images - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
+        rng = np.random.default_rng((seed, step, rank))
+        rows = rng.choice(len(images), BATCH, p=weights)
+        batch_images, batch_masks = seen_anew([images[row] for row in rows], [masks[row] for row in rows], rng)
         spatial, wanted = spatial_prompt(model, batch_masks, rng)
         prompts = torch.cat([any_lesion_prompt(model, BATCH), spatial], dim=1)
-        logits = decode_masks(model, encode_image(model, pixels), prompts)
-        return dice_ce(logits.flatten(0, 1), torch.cat([batch_masks, wanted], dim=1).flatten(0, 1))
+        return outline_loss(model, batch_images, prompts, torch.cat([batch_masks, wanted], dim=1))
 
-    groups = [backbone, {"params": others, "lr": LEARNING_RATE}]
-    averaged, _ = spend(budget, model, groups, loss_of, out, description="segmenter")
+    averaged, _ = spend(budget, model, parameter_groups(model), loss_of, out, description="segmenter")
     if rank == 0:
         averaged.save_pretrained(out)
 

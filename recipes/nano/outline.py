@@ -1,0 +1,118 @@
+"""Stage (e): the segmenter goes on, and what asks it now is also what the finished reasoner says.
+
+    python recipes/nano/outline.py MODEL DATASET… --out DIR [--minutes M]
+
+Stage (a) is short, so that the reasoner has features to look at; outlines go on improving long after. Here image
+encoder and mask decoder train on as there, on the same changed parts of pictures, at half of its learning rates. Beside
+the "any lesion" prompt and a box or a point, each picture is asked for one of its categories by the model itself: the
+adapter's prompt after the reference answer to a question in some wording, found once from the unchanged picture.
+Reasoner and adapter are frozen, and the reasoner looks through a segmenter of its own, so what the model says stays,
+word for word.
+
+Writes the whole model to DIR. A run that was stopped goes on from its last checkpoint.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from segmenter import BATCH, SOURCE_PX, draw_weights, outline_loss, parameter_groups, seen_anew, spatial_prompt, squared
+from tqdm import tqdm
+from transformers import EdgeTamModel
+
+from coreseg.config import SftConfig, load
+from coreseg.model.assemble import load_parts
+from coreseg.model.core_seg import CoreSeg
+from coreseg.model.processor import CoreSegProcessor
+from coreseg.sam2 import any_lesion_prompt
+from coreseg.train.collate import Examples, stretch_mask
+from coreseg.train.loop import Budget, spend
+from coreseg.train.trainer import Clock
+
+WORDINGS = 2
+"""Questions a row, each with a prompt."""
+LEARNING_SHARE = 0.5
+QUESTIONS = Path(__file__).parent / "sft.toml"
+
+
+def pictures_of(examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every row's picture in a square, (rows, 3, side, side) 8 bit, and its masks, (rows, 2, side, side).
+
+    The first mask is that of all lesions of the picture, the second that of the row's own category.
+    """
+    every: dict[tuple[Path, str], np.ndarray] = {}
+    for lesions, sample in examples.rows:
+        place = lesions.root, sample.file_name
+        every[place] = every.get(place, False) | lesions.mask(sample)
+    images, masks = [], []
+    for lesions, sample in tqdm(examples.rows, desc="reading train"):
+        images.append(squared(lesions, sample, SOURCE_PX))
+        both = every[lesions.root, sample.file_name], lesions.mask(sample)
+        masks.append(torch.stack([stretch_mask(mask, SOURCE_PX) for mask in both]))
+    return torch.cat(images), torch.stack(masks)
+
+
+@torch.no_grad()
+def said_prompts(model: CoreSeg, processor: CoreSegProcessor, examples: Examples) -> torch.Tensor:
+    """What the adapter says of every row, as (rows, wordings, tokens, channels).
+
+    "Any lesion" where the answer is that there is none: whoever draws such a mask has not listened.
+    """
+    rows, tower = len(examples), model.reasoner.model.vision_tower
+    prompts = any_lesion_prompt(model.segmenter, rows * WORDINGS)[:, 0].clone()
+    for start in tqdm(range(0, rows * WORDINGS, BATCH), desc="asking"):
+        asked = [examples[divmod(each, WORDINGS)] for each in range(start, min(start + BATCH, len(prompts)))]
+        batch = processor([e.image for e in asked], [e.question for e in asked], [e.answer for e in asked])
+        once = tower.look(batch.reasoner_inputs["pixel_values"][::WORDINGS])
+        seen = {"pixel_values": once.repeat_interleave(WORDINGS, 0)}
+        states, present = model.probe_states(batch.input_ids, batch.attention_mask, seen)
+        found = present.any(1)
+        prompts[start : start + len(asked)][found] = model.adapter(states[found], present[found])
+    return prompts.unflatten(0, (rows, WORDINGS))
+
+
+def train(name: str, data: Sequence[Path], out: Path, budget: Budget, seed: int) -> None:
+    """Spend the budget, asking the model included, and leave the whole model in `out`."""
+    torch.manual_seed(seed)
+    plain = {"remeasure": "false", "keep_maps": "false", "attribute_share": "0.0", "absent_share": "0.0", "seed": seed}
+    plain["data"] = [str(path) for path in data]
+    examples = Examples.open(load(SftConfig, QUESTIONS, [f"{key}={value}" for key, value in plain.items()]), "train")
+    images, masks = pictures_of(examples)
+    weights = draw_weights([sample.source for _, sample in examples.rows])
+    model, processor = load_parts(name)
+    clock = Clock(on_gpu=False)
+    said = said_prompts(model.eval(), processor, examples)
+    left = Budget(budget.steps, budget.minutes - clock.minutes)
+    segmenter: EdgeTamModel = model.segmenter.to(memory_format=torch.channels_last)
+    segmenter.requires_grad_(True)
+
+    def loss_of(segmenter: EdgeTamModel, step: int) -> torch.Tensor:
+        rng = np.random.default_rng((seed, step))
+        rows = rng.choice(len(images), BATCH, p=weights)
+        batch_images, batch_masks = seen_anew([images[row] for row in rows], [masks[row] for row in rows], rng)
+        spatial, wanted = spatial_prompt(segmenter, batch_masks[:, :1], rng)
+        asked = said[torch.from_numpy(rows), torch.from_numpy(rng.integers(WORDINGS, size=BATCH))][:, None]
+        prompts = torch.cat([any_lesion_prompt(segmenter, BATCH), asked, spatial], dim=1)
+        return outline_loss(segmenter, batch_images, prompts, torch.cat([batch_masks, wanted], dim=1))
+
+    averaged, _ = spend(
+        left, segmenter, parameter_groups(segmenter, LEARNING_SHARE), loss_of, out, description="outline"
+    )
+    segmenter.load_state_dict(averaged.state_dict())
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a CORE-Seg checkpoint")
+    parser.add_argument("datasets", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=80.0, help="of processor time")
+    parser.add_argument("--steps", type=int, default=math.inf, help="end earlier, after so many")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    train(options.model, options.datasets, options.out, Budget(options.steps, options.minutes), options.seed)
