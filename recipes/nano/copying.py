@@ -28,7 +28,6 @@ numbers, nor by what it stands out by, in several times as long (docs/log.md). O
 """
 
 import argparse
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +38,7 @@ import numpy as np
 import torch
 from absent import NEAR
 from readiness import SENTENCES_BEFORE
-from segmenter import draw_weights
+from segmenter import add_budget, draw_weights
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -508,10 +507,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a CORE-Seg checkpoint with nano's tower")
     parser.add_argument("datasets", type=Path, nargs="+", help="whose categories are asked for")
-    parser.add_argument("--kinds", type=Path, metavar="FILE", help="the prompts that kinds.py learned: fit the adapter")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=45.0, help="of processor time, the adapter's not counted")
-    parser.add_argument("--steps", type=int, default=math.inf, help="end earlier, after so many")
+    parser.add_argument(
+        "--kinds",
+        type=Path,
+        metavar="FILE",
+        help="the prompts that kinds.py learned: fit the adapter, which the budget does not count",
+    )
+    add_budget(parser, minutes=45.0)
     parser.add_argument("--any-order", type=float, default=0.5, metavar="SHARE", help="of answers in any order")
     parser.add_argument(
         "--mixed-up",
@@ -529,7 +531,6 @@ if __name__ == "__main__":
         action="store_true",
         help="ask in people's own words too, without names, and with typing errors, not by templates alone",
     )
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rank = join_group()
     torch.manual_seed(options.seed)

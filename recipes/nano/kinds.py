@@ -10,7 +10,6 @@ a real set enters. What stays is a decoder that listens; the learned prompts, in
 """
 
 import argparse
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from build import IMAGE_SIZE_PX
 from safetensors.torch import save_file
-from segmenter import load, spatial_prompt, squared
+from segmenter import add_budget, load, spatial_prompt, squared
 from transformers import EdgeTamModel
 
 from coreseg.data.store import LesionSet
@@ -95,10 +94,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("segmenter", type=Path)
     parser.add_argument("datasets", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=6.0, help="of processor time")
-    parser.add_argument("--steps", type=int, default=math.inf, help="end earlier, after so many")
-    parser.add_argument("--seed", type=int, default=0)
+    add_budget(parser, minutes=6.0)
     options = parser.parse_args()
     sets = [LesionSet.open(path) for path in options.datasets]
     train(options.segmenter, sets, options.out, Budget(options.steps, options.minutes), options.seed)

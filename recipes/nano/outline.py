@@ -2,24 +2,35 @@
 
     python recipes/nano/outline.py MODEL DATASET… --out DIR [--minutes M]
 
-Stage (a) is short, so that the reasoner has features to look at; outlines go on improving long after. Here image
+Stage (a) ends as soon as the reasoner has features to look at, before outlines are as good as they can be. Here image
 encoder and mask decoder train on as there, on the same changed parts of pictures, at half of its learning rates. Beside
 the "any lesion" prompt and a box or a point, each picture is asked for one of its categories by the model itself: the
 adapter's prompt after the reference answer to a question in some wording, found once from the unchanged picture.
 Reasoner and adapter are frozen, and the reasoner looks through a segmenter of its own, so what the model says stays,
 word for word.
 
+Its gain is not measured yet, so `recipes/nano/run` goes without.
+
 Writes the whole model to DIR. A run that was stopped goes on from its last checkpoint.
 """
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from segmenter import BATCH, SOURCE_PX, draw_weights, outline_loss, parameter_groups, seen_anew, spatial_prompt, squared
+from segmenter import (
+    BATCH,
+    SOURCE_PX,
+    add_budget,
+    draw_weights,
+    outline_loss,
+    parameter_groups,
+    seen_anew,
+    spatial_prompt,
+    squared,
+)
 from tqdm import tqdm
 from transformers import EdgeTamModel
 
@@ -43,15 +54,16 @@ def pictures_of(examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
 
     The first mask is that of all lesions of the picture, the second that of the row's own category.
     """
+    places = [(lesions.root, sample.file_name) for lesions, sample in examples.rows]
+    own = [lesions.mask(sample) for lesions, sample in examples.rows]
     every: dict[tuple[Path, str], np.ndarray] = {}
-    for lesions, sample in examples.rows:
-        place = lesions.root, sample.file_name
-        every[place] = every.get(place, False) | lesions.mask(sample)
-    images, masks = [], []
-    for lesions, sample in tqdm(examples.rows, desc="reading train"):
-        images.append(squared(lesions, sample, SOURCE_PX))
-        both = every[lesions.root, sample.file_name], lesions.mask(sample)
-        masks.append(torch.stack([stretch_mask(mask, SOURCE_PX) for mask in both]))
+    for place, mask in zip(places, own, strict=True):
+        every[place] = every.get(place, False) | mask
+    masks = [
+        torch.stack([stretch_mask(shown, SOURCE_PX) for shown in (every[place], mask)])
+        for place, mask in zip(places, own, strict=True)
+    ]
+    images = [squared(*row, SOURCE_PX) for row in tqdm(examples.rows, desc="reading train")]
     return torch.cat(images), torch.stack(masks)
 
 
@@ -83,7 +95,7 @@ def train(name: str, data: Sequence[Path], out: Path, budget: Budget, seed: int)
     images, masks = pictures_of(examples)
     weights = draw_weights([sample.source for _, sample in examples.rows])
     model, processor = load_parts(name)
-    clock = Clock(on_gpu=False)
+    clock = Clock()
     said = said_prompts(model.eval(), processor, examples)
     left = Budget(budget.steps, budget.minutes - clock.minutes)
     segmenter: EdgeTamModel = model.segmenter.to(memory_format=torch.channels_last)
@@ -92,7 +104,7 @@ def train(name: str, data: Sequence[Path], out: Path, budget: Budget, seed: int)
     def loss_of(segmenter: EdgeTamModel, step: int) -> torch.Tensor:
         rng = np.random.default_rng((seed, step))
         rows = rng.choice(len(images), BATCH, p=weights)
-        batch_images, batch_masks = seen_anew([images[row] for row in rows], [masks[row] for row in rows], rng)
+        batch_images, batch_masks = seen_anew(images[rows], masks[rows], rng)
         spatial, wanted = spatial_prompt(segmenter, batch_masks[:, :1], rng)
         asked = said[torch.from_numpy(rows), torch.from_numpy(rng.integers(WORDINGS, size=BATCH))][:, None]
         prompts = torch.cat([any_lesion_prompt(segmenter, BATCH), asked, spatial], dim=1)
@@ -110,9 +122,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a CORE-Seg checkpoint")
     parser.add_argument("datasets", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=80.0, help="of processor time")
-    parser.add_argument("--steps", type=int, default=math.inf, help="end earlier, after so many")
-    parser.add_argument("--seed", type=int, default=0)
+    add_budget(parser, minutes=80.0)
     options = parser.parse_args()
     train(options.model, options.datasets, options.out, Budget(options.steps, options.minutes), options.seed)

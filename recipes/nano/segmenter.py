@@ -11,7 +11,6 @@ weights is what is saved. A run that was stopped goes on from its last checkpoin
 
 import argparse
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,14 @@ PHANTOM_WEIGHT = 0.5
 ENLARGED_SHARE = 0.3
 LEARNING_RATE = 1e-3
 BACKBONE_LEARNING_RATE = 3e-4
+
+
+def add_budget(parser: argparse.ArgumentParser, minutes: float) -> None:
+    """The options that the scripts of nano's own trainings share."""
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=minutes, help="of processor time")
+    parser.add_argument("--steps", type=int, default=math.inf, help="end earlier, after so many")
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def squared(lesions: LesionSet, sample: Sample, side_px: int = IMAGE_SIZE_PX) -> torch.Tensor:
@@ -142,12 +149,10 @@ def freeze_statistics(model: torch.nn.Module) -> None:
             module.eval()
 
 
-def seen_anew(
-    images: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], rng: np.random.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Square pictures, (3, side, side) 8 bit, and their masks, (masks, side, side): a part of each, changed at random.
+def seen_anew(images: torch.Tensor, masks: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A part of each picture, (batch, 3, side, side) 8 bit, and of its (batch, masks, side, side), changed at random.
 
-    As batches of `IMAGE_SIZE_PX`, the pictures in [0, 1]. The first mask is that of all lesions: parts lie around one.
+    Both come back at `IMAGE_SIZE_PX`, pictures in [0, 1]. The first mask is that of all lesions: parts lie around one.
     """
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     drawn_images, drawn_masks = [], []
@@ -180,7 +185,7 @@ def train(sets: list[LesionSet], out: Path, budget: Budget, seed: int) -> None:
     def loss_of(model: EdgeTamModel, step: int) -> torch.Tensor:
         rng = np.random.default_rng((seed, step, rank))
         rows = rng.choice(len(images), BATCH, p=weights)
-        batch_images, batch_masks = seen_anew([images[row] for row in rows], [masks[row] for row in rows], rng)
+        batch_images, batch_masks = seen_anew(images[rows], masks[rows], rng)
         spatial, wanted = spatial_prompt(model, batch_masks, rng)
         prompts = torch.cat([any_lesion_prompt(model, BATCH), spatial], dim=1)
         return outline_loss(model, batch_images, prompts, torch.cat([batch_masks, wanted], dim=1))
@@ -193,10 +198,7 @@ def train(sets: list[LesionSet], out: Path, budget: Budget, seed: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datasets", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=90.0, help="of processor time")
-    parser.add_argument("--steps", type=int, default=math.inf, help="end earlier, after so many")
-    parser.add_argument("--seed", type=int, default=0)
+    add_budget(parser, minutes=90.0)
     options = parser.parse_args()
     sets = [LesionSet.open(path) for path in options.datasets]
     train(sets, options.out, Budget(options.steps, options.minutes), options.seed)
