@@ -53,6 +53,35 @@ def test_one_folder_may_stand_without_a_list(file: Path) -> None:
     assert load(SftConfig, file, ["data=elsewhere"]).data == ("elsewhere",)
 
 
+def test_a_file_says_what_differs_from_another(file: Path, tmp_path: Path) -> None:
+    longer = tmp_path / "trials" / "longer.toml"
+    longer.parent.mkdir()
+    longer.write_text('extends = "../sft.toml"\nsteps = 70\n')
+    seeded = tmp_path / "seeded.toml"
+    seeded.write_text('extends = "trials/longer.toml"\nseed = 5\n')
+    assert load(SftConfig, seeded, ["out=other"]) == SftConfig(**NEEDED | {"out": "other"}, steps=70, seed=5)
+    save(load(SftConfig, seeded), tmp_path / "resolved.toml")
+    assert load(SftConfig, tmp_path / "resolved.toml") == load(SftConfig, seeded)
+
+
+@pytest.mark.parametrize(
+    ("extended", "message"),
+    [
+        ("3", r"extends is 3; expected the name of a TOML file"),
+        ('"nowhere.toml"', r"nowhere\.toml: cannot be read"),
+        ('"sft.toml"', r"extends 'sft.toml', which extends this file in turn"),
+        ('"loop.toml"', r"extends 'sft.toml', which extends this file in turn"),
+        ('"slip.toml"', r"sft\.toml, extending .*slip\.toml: unknown setting 'stepps'; did you mean 'steps'"),
+    ],
+)
+def test_a_file_that_cannot_be_extended_is_named(file: Path, extended: str, message: str) -> None:
+    (file.parent / "loop.toml").write_text('extends = "sft.toml"\n')
+    (file.parent / "slip.toml").write_text("stepps = 3\n")
+    file.write_text(f"extends = {extended}\n{file.read_text()}")
+    with pytest.raises(ConfigError, match=message):
+        load(SftConfig, file)
+
+
 def test_weights_by_source(file: Path) -> None:
     absent = load(SftConfig, file, ['known_absent={stroke = ["brain tumor"], cyst = "nodule"}']).known_absent
     assert absent == {"stroke": ("brain tumor",), "cyst": ("nodule",)}

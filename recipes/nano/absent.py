@@ -8,6 +8,7 @@ Lesion-free pictures are left out: they stand in DATASET itself.
 """
 
 import argparse
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from coreseg.data.store import LesionSet, new_set, share_file, write_set
 from coreseg.imaging import write_mask
 from coreseg.questions import ask
 
-PAIRS = (("brain tumor", "multiple sclerosis lesion"), ("intracranial hemorrhage", "ischemic stroke lesion"))
-NEAR = {one: other for pair in PAIRS for one, other in (pair, pair[::-1])}
+QUESTIONS = tomllib.loads((Path(__file__).parent / "questions.toml").read_text(encoding="utf-8"))
+"""How the stages of nano ask."""
+NEAR: dict[str, str] = {one: other for one, (other,) in QUESTIONS["known_absent"].items()}
 """Not the two lesions of the eye: who has one often has the other, and most sets mark only one."""
 
 if __name__ == "__main__":

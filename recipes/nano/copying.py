@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from absent import NEAR
+from absent import NEAR, QUESTIONS
 from readiness import SENTENCES_BEFORE
 from segmenter import add_budget, draw_weights
 from torch import nn
@@ -80,7 +80,9 @@ LIGHT_MARGIN = 0.3
 """By which the brightest region stands out, in deviations of the picture."""
 TEMPLATES = Wordings({}, own_words_share=0.0, unnamed_share=0.0)
 ANY_WORDS = Wordings(
-    read_own_words(Path(__file__).parent / "own_words" / "shown.toml"), own_words_share=0.25, unnamed_share=0.25
+    read_own_words(Path(__file__).parent / "own_words" / "shown.toml"),
+    own_words_share=QUESTIONS["own_words_share"],
+    unnamed_share=QUESTIONS["unnamed_share"],
 )
 ADAPTER_STEPS = 6000
 ADAPTER_DRAWS = 16384
@@ -240,7 +242,7 @@ def draw_question(
 
     def asked(question: str) -> str:
         question = among_other_words(question, rng) if rng.random() < 0.3 else question
-        return mistyped(question, rng) if any_words and rng.random() < 0.3 else question
+        return mistyped(question, rng) if any_words and rng.random() < QUESTIONS["typo_share"] else question
 
     layout = draw_layout(rng)
     category = one_of(categories or list(pictures), rng)
@@ -348,9 +350,10 @@ def batch_of(processor: CoreSegProcessor, tower: NanoVisionModel, asked: list[As
 def last_states(reasoner: nn.Module, batch: Batch) -> torch.Tensor:
     """The last hidden states, (rows, tokens, width); in bfloat16 inside where the processor can.
 
-    There it takes half of the time; where it can not, fifty times as long.
+    There it takes half of the time; where it can not, three (AVX-512 without it) to fifty times as long (AVX2).
     """
-    with torch.autocast("cpu", torch.bfloat16, enabled=torch.backends.cpu.get_cpu_capability() == "AVX512"):
+    has_bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16):
         states: torch.Tensor = reasoner.model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, **batch.reasoner_inputs
         ).last_hidden_state

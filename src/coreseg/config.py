@@ -266,22 +266,37 @@ def require(fine: bool, name: str, got: object, expected: str) -> None:
 def load(kind: type[Settings], path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Settings from a TOML file, then `key=value` overrides (the value in TOML's own notation; bare words are text).
 
-    Paths in the file are taken as written, relative to the working folder. Raises ConfigError for a file that is not
-    TOML, for unknown keys (naming the nearest known one), wrong types and values out of range.
+    A file that `extends` another, named from its own folder, has all settings of that one beside and below its own, so
+    that runs which differ in little say only that. Other paths are taken as written, relative to the working folder.
+    Raises ConfigError for a file that is not TOML, for unknown keys (naming the nearest known one), wrong types and
+    values out of range.
     """
-    file = Path(path)
+    values, where = _read(Path(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override}: expected KEY=VALUE, such as --set steps=100")
+        values[key.strip()] = _toml_value(text.strip())
+    return build(kind, values, where)
+
+
+def _read(file: Path, extending: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:
+    """What a file and those that it extends say, and which they are, in words."""
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror}); expected a TOML file of settings") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from error
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {override}: expected KEY=VALUE, such as --set steps=100")
-        values[key.strip()] = _toml_value(text.strip())
-    return build(kind, values, str(file))
+    if (extended := values.pop("extends", None)) is None:
+        return values, str(file)
+    if not isinstance(extended, str):
+        raise ConfigError(f"{file}: extends is {extended!r}; expected the name of a TOML file, from this one's folder")
+    extending = (*extending, file.resolve())
+    if (below := file.parent / extended).resolve() in extending:
+        raise ConfigError(f"{file}: extends {extended!r}, which extends this file in turn; take one of the two out")
+    inherited, where = _read(below, extending)
+    return inherited | values, f"{file}, extending {where}"
 
 
 def build(kind: type[Table], values: Mapping[str, Any], where: str) -> Table:
