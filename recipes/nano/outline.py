@@ -1,13 +1,14 @@
 """Stage (e): the segmenter goes on, and what asks it now is also what the finished reasoner says.
 
     python recipes/nano/outline.py MODEL DATASET… --out DIR [--minutes M]
+    torchrun --nproc-per-node 2 recipes/nano/outline.py …              (two processes: their minutes count together)
 
 Stage (a) ends as soon as the reasoner has features to look at, before outlines are as good as they can be. Here image
 encoder and mask decoder train on as there, on the same changed parts of pictures, at half of its learning rates. Beside
 the "any lesion" prompt and a box or a point, each picture is asked for one of its categories by the model itself: the
 adapter's prompt after the reference answer to a question in some wording, found once from the unchanged picture.
 Reasoner and adapter are frozen, and the reasoner looks through a segmenter of its own, so what the model says stays,
-word for word.
+word for word. Finding these prompts takes 4 to 10 minutes, which the budget does not count.
 
 Its gain is not measured yet, so `recipes/nano/run` goes without.
 
@@ -40,8 +41,7 @@ from coreseg.model.core_seg import CoreSeg
 from coreseg.model.processor import CoreSegProcessor
 from coreseg.sam2 import any_lesion_prompt
 from coreseg.train.collate import Examples, stretch_mask
-from coreseg.train.loop import Budget, spend
-from coreseg.train.trainer import Clock
+from coreseg.train.loop import Budget, join_group, spend
 
 WORDINGS = 2
 """Questions a row, each with a prompt."""
@@ -87,7 +87,8 @@ def said_prompts(model: CoreSeg, processor: CoreSegProcessor, examples: Examples
 
 
 def train(name: str, data: Sequence[Path], out: Path, budget: Budget, seed: int) -> None:
-    """Spend the budget, asking the model included, and leave the whole model in `out`."""
+    """Spend the budget, and leave the whole model in `out`."""
+    rank = join_group()
     torch.manual_seed(seed)
     plain = {"remeasure": "false", "keep_maps": "false", "attribute_share": "0.0", "absent_share": "0.0", "seed": seed}
     plain["data"] = [str(path) for path in data]
@@ -95,14 +96,12 @@ def train(name: str, data: Sequence[Path], out: Path, budget: Budget, seed: int)
     images, masks = pictures_of(examples)
     weights = draw_weights([sample.source for _, sample in examples.rows])
     model, processor = load_parts(name)
-    clock = Clock()
     said = said_prompts(model.eval(), processor, examples)
-    left = Budget(budget.steps, budget.minutes - clock.minutes)
     segmenter: EdgeTamModel = model.segmenter.to(memory_format=torch.channels_last)
     segmenter.requires_grad_(True)
 
     def loss_of(segmenter: EdgeTamModel, step: int) -> torch.Tensor:
-        rng = np.random.default_rng((seed, step))
+        rng = np.random.default_rng((seed, step, rank))
         rows = rng.choice(len(images), BATCH, p=weights)
         batch_images, batch_masks = seen_anew(images[rows], masks[rows], rng)
         spatial, wanted = spatial_prompt(segmenter, batch_masks[:, :1], rng)
@@ -111,11 +110,12 @@ def train(name: str, data: Sequence[Path], out: Path, budget: Budget, seed: int)
         return outline_loss(segmenter, batch_images, prompts, torch.cat([batch_masks, wanted], dim=1))
 
     averaged, _ = spend(
-        left, segmenter, parameter_groups(segmenter, LEARNING_SHARE), loss_of, out, description="outline"
+        budget, segmenter, parameter_groups(segmenter, LEARNING_SHARE), loss_of, out, description="outline"
     )
-    segmenter.load_state_dict(averaged.state_dict())
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
+    if rank == 0:
+        segmenter.load_state_dict(averaged.state_dict())
+        model.save_pretrained(out)
+        processor.save_pretrained(out)
 
 
 if __name__ == "__main__":
