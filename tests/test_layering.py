@@ -4,6 +4,7 @@ Reads the source as text, imports nothing of it: `scripts/check` runs this file 
 """
 
 import ast
+import gzip
 import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -189,8 +190,13 @@ def test_annotations_stay_objects(path: Path) -> None:
 
 
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|root|home|Users)/\w")
-TEXT_SUFFIXES = {".py", ".md", ".toml", ".sh", ".txt", ".json", ".jsonl", ".cff", ""}
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".sh", ".txt", ".json", ".jsonl", ".gz", ".cff", ""}
 FOLDERS = (".ci", "src", "tests", "scripts", "recipes", "benchmarks", "docs", "examples")
+
+
+def text_of(path: Path) -> str:
+    content = path.read_bytes()
+    return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8", errors="replace")
 
 
 def test_no_path_of_a_machine() -> None:
@@ -200,7 +206,7 @@ def test_no_path_of_a_machine() -> None:
         f"{path.relative_to(REPO)}:{number}"
         for path in files
         if path.suffix in TEXT_SUFFIXES and path.stat().st_size < 1_000_000
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1)
+        for number, line in enumerate(text_of(path).splitlines(), start=1)
         if MACHINE_PATH.search(line)
     ]
     assert not found, "a path of somebody's machine: write it relative to the repository"
