@@ -1,6 +1,6 @@
 """Stage (b): the reasoner learns to write the boxes of the regions it is shown, before it answers of pictures.
 
-    python recipes/nano/copying.py MODEL DATASET… --out RUN [--kinds FILE] [--minutes M] [--seed S]
+    python recipes/nano/copying.py MODEL DATASET… --out RUN --minutes M [--kinds FILE] [--seed S]
     torchrun --nproc-per-node 2 recipes/nano/copying.py …            (two processes: their minutes count together)
 
 Layouts of regions are drawn, always fresh, and shown as the tower shows a picture's, in the grid of a training picture;
@@ -516,7 +516,7 @@ if __name__ == "__main__":
         metavar="FILE",
         help="the prompts that kinds.py learned: fit the adapter, which the budget does not count",
     )
-    add_budget(parser, minutes=45.0)
+    add_budget(parser)
     parser.add_argument("--any-order", type=float, default=0.5, metavar="SHARE", help="of answers in any order")
     parser.add_argument(
         "--mixed-up",

@@ -1,6 +1,6 @@
 """Stage (a), last part: the mask decoder learns to be told *what*, on phantoms that show two kinds of lesion.
 
-    python recipes/nano/kinds.py SEGMENTER_RUN DATASET… --out RUN [--minutes M]
+    python recipes/nano/kinds.py SEGMENTER_RUN DATASET… --out RUN --minutes M
 
 Boxes and points hardly ever decide on real pictures, whose lesions are mostly of one kind, so a segmenter trained with
 them alone gives the same mask whatever it is prompted with. Here one learned prompt a kind of phantom asks for that
@@ -94,7 +94,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("segmenter", type=Path)
     parser.add_argument("datasets", type=Path, nargs="+")
-    add_budget(parser, minutes=6.0)
+    add_budget(parser)
     options = parser.parse_args()
     sets = [LesionSet.open(path) for path in options.datasets]
     train(options.segmenter, sets, options.out, Budget(options.steps, options.minutes), options.seed)

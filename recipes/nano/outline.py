@@ -1,6 +1,6 @@
 """Stage (e): the segmenter goes on, and what asks it now is also what the finished reasoner says.
 
-    python recipes/nano/outline.py MODEL DATASET… --out DIR [--minutes M]
+    python recipes/nano/outline.py MODEL DATASET… --out DIR --minutes M
     torchrun --nproc-per-node 2 recipes/nano/outline.py …              (two processes: their minutes count together)
 
 Stage (a) ends as soon as the reasoner has features to look at, before outlines are as good as they can be. Here image
@@ -122,6 +122,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a CORE-Seg checkpoint")
     parser.add_argument("datasets", type=Path, nargs="+")
-    add_budget(parser, minutes=80.0)
+    add_budget(parser)
     options = parser.parse_args()
     train(options.model, options.datasets, options.out, Budget(options.steps, options.minutes), options.seed)

@@ -1,6 +1,6 @@
 """Stage (a) of nano: a class-agnostic segmenter, prompted by boxes, points and one "any lesion" prompt.
 
-    python recipes/nano/segmenter.py DATASET… --out RUN [--minutes M]
+    python recipes/nano/segmenter.py DATASET… --out RUN --minutes M
     torchrun --nproc-per-node 2 recipes/nano/segmenter.py …             (two processes: their minutes count together)
 
 It never learns a category, so that what the question adds later can be measured: a picture's lesions of all categories
@@ -39,10 +39,10 @@ LEARNING_RATE = 1e-3
 BACKBONE_LEARNING_RATE = 3e-4
 
 
-def add_budget(parser: argparse.ArgumentParser, minutes: float) -> None:
+def add_budget(parser: argparse.ArgumentParser) -> None:
     """The options that the scripts of nano's own trainings share."""
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=minutes, help="of processor time")
+    parser.add_argument("--minutes", type=float, required=True, help="of processor time; nano's: recipes/nano/run")
     parser.add_argument("--steps", type=int, default=math.inf, help="end earlier, after so many")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -198,7 +198,7 @@ def train(sets: list[LesionSet], out: Path, budget: Budget, seed: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datasets", type=Path, nargs="+")
-    add_budget(parser, minutes=90.0)
+    add_budget(parser)
     options = parser.parse_args()
     sets = [LesionSet.open(path) for path in options.datasets]
     train(sets, options.out, Budget(options.steps, options.minutes), options.seed)

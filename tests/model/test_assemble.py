@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from coreseg.answer import SEG_TOKEN
@@ -194,6 +195,25 @@ def test_export_in_another_precision(joined: Build, tmp_path: Path, pictures: li
         export(joined("nano"), tmp_path / "half")
     with pytest.raises(ModelError, match="dtype"):
         export(joined("nano"), tmp_path / "new", dtype="int4")
+
+
+def test_an_export_has_a_model_card_that_says_what_is_known(joined: Build, tmp_path: Path) -> None:
+    fresh = (joined("nano") / "README.md").read_text()
+    assert "were just joined" in fresh
+
+    export(joined("nano"), tmp_path / "unknown", dtype="bfloat16")
+    model, _ = load_parts(tmp_path / "unknown")
+    unknown = (tmp_path / "unknown" / "README.md").read_text()
+    assert ModelCard(unknown).data.library_name == "coreseg"
+    assert "# unknown\n" in unknown and "In bfloat16" in unknown and "looks at squares of 64 px" in unknown
+    millions = sum(parameter.numel() for parameter in model.segmenter.parameters()) / 1e6
+    assert f"| segmenter | edgetam | {millions:.1f} M |" in unknown
+    assert "--scope DATASET" in unknown and "--confidence FIGURES" in unknown and "were just joined" not in unknown
+    assert str(tmp_path) not in unknown
+
+    export("nano", tmp_path / "known")
+    known = (tmp_path / "known" / "README.md").read_text()
+    assert "| endoscopy of the abdomen | polyp |" in known and "It tells how good it expects each mask" in known
 
 
 def test_only_the_heads_stay_trainable(joined: Build) -> None:

@@ -17,6 +17,7 @@ from transformers import (
 
 from coreseg.answer import SEG_TOKEN
 from coreseg.errors import ModelError
+from coreseg.model.card import write_card
 from coreseg.model.confidence import Confidence
 from coreseg.model.core_seg import SEGMENTER_FAMILY, CoreSeg, CoreSegConfig, Probe, fresh_adapter
 from coreseg.model.processor import CoreSegProcessor
@@ -66,6 +67,7 @@ def assemble(
     )
     model.save_pretrained(out)
     joined.save_pretrained(out)
+    write_card(out, model, trained=False)
     return model
 
 
@@ -210,19 +212,21 @@ def export(
     fit: Callable[[CoreSeg, CoreSegProcessor], Scope] | None = None,
     confidence: Confidence | None = None,
 ) -> None:
-    """Write a checkpoint or a run's best state to `out` as one folder, in another precision.
+    """Write a checkpoint or a run's best state to `out` as one folder with a model card, in another precision.
 
     `fit` makes the record of what it was trained on, otherwise it keeps the one that it has, as it does its confidence
-    where none is given. Raises ModelError for an
-    unknown precision or where `out` is not empty, and what `fit` raises, before anything is written.
+    where none is given. Raises ModelError for an unknown precision or where `out` is not empty, and what `fit` raises,
+    before anything is written.
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     _check_empty(out)
     model, processor = load_parts(run, DTYPES[dtype])
     scope = fit(model, processor) if fit else scope_of(run)
+    confidence = confidence or confidence_of(run)
     model.save_pretrained(out, max_shard_size=shard_size)
     processor.save_pretrained(out)
-    for beside in (scope, confidence or confidence_of(run)):
+    for beside in (scope, confidence):
         if beside:
             beside.save(out)
+    write_card(out, model, trained=True, scope=scope, confidence=confidence)
