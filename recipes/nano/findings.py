@@ -106,13 +106,18 @@ def differences(a: Sequence[Run], b: Sequence[Run]) -> dict[str, dict[str, Any]]
 
 def table(columns: Sequence[dict[str, dict[str, Any]]], verdicts: bool) -> Iterator[str]:
     """The lines of a table of differences, a column each."""
-    for name in columns[0]:
-        cells = []
-        for column in columns:
-            figure = column[name]
-            verdict = VERDICTS[figure["verdict"]] if verdicts else ""
-            cells.append(f"{figure['difference']:+.1f} [{figure['low']:+.1f}, {figure['high']:+.1f}] {verdict}".strip())
-        yield f"| {name} | " + " | ".join(cells) + " |"
+    for name in (*DIFFERENCES, *FOUND):
+        figures = [column.get(name) for column in columns]
+        if any(figures):
+            yield f"| {name} | " + " | ".join(cell(figure, verdicts) for figure in figures) + " |"
+
+
+def cell(figure: dict[str, Any] | None, verdict: bool) -> str:
+    """One difference with its interval; "-" where no row has it."""
+    if figure is None:
+        return "-"
+    word = VERDICTS[figure["verdict"]] if verdict else ""
+    return f"{figure['difference']:+.1f} [{figure['low']:+.1f}, {figure['high']:+.1f}] {word}".strip()
 
 
 def findings(folder: Path, start: Path | None) -> Iterator[str]:

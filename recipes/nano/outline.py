@@ -32,6 +32,7 @@ from segmenter import (
     spatial_prompt,
     squared,
 )
+from torch import distributed
 from tqdm import tqdm
 from transformers import EdgeTamModel
 
@@ -69,20 +70,27 @@ def pictures_of(examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def said_prompts(model: CoreSeg, processor: CoreSegProcessor, examples: Examples) -> torch.Tensor:
-    """What the adapter says of every row, as (rows, wordings, tokens, channels).
+    """What the adapter says of every row, as (rows, wordings, tokens, channels); several processes share the rows.
 
     "Any lesion" where the answer is that there is none: whoever draws such a mask has not listened.
     """
     rows, tower = len(examples), model.reasoner.model.vision_tower
-    prompts = any_lesion_prompt(model.segmenter, rows * WORDINGS)[:, 0].clone()
-    for start in tqdm(range(0, rows * WORDINGS, BATCH), desc="asking"):
+    shared = distributed.is_initialized()
+    rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if shared else (0, 1)
+    unsaid = any_lesion_prompt(model.segmenter, rows * WORDINGS)[:, 0]
+    prompts = torch.zeros_like(unsaid)
+    for start in tqdm(range(rank * BATCH, rows * WORDINGS, ranks * BATCH), desc="asking", disable=rank > 0):
         asked = [examples[divmod(each, WORDINGS)] for each in range(start, min(start + BATCH, len(prompts)))]
         batch = processor([e.image for e in asked], [e.question for e in asked], [e.answer for e in asked])
         once = tower.look(batch.reasoner_inputs["pixel_values"][::WORDINGS])
         seen = {"pixel_values": once.repeat_interleave(WORDINGS, 0)}
         states, present = model.probe_states(batch.input_ids, batch.attention_mask, seen)
-        found = present.any(1)
-        prompts[start : start + len(asked)][found] = model.adapter(states[found], present[found])
+        found, said = present.any(1), unsaid[start : start + len(asked)].clone()
+        if found.any():
+            said[found] = model.adapter(states[found], present[found])
+        prompts[start : start + len(asked)] = said
+    if shared:
+        distributed.all_reduce(prompts)
     return prompts.unflatten(0, (rows, WORDINGS))
 
 

@@ -4,7 +4,8 @@ python recipes/nano/spread.py CONFIG.toml --model MODEL [--set KEY=VALUE]… [--
 
 Draws questions as a stage-2 run with these settings would and samples a group for each. Printed for the dual reward,
 for plain Dice, and for plain Dice times the dual reward's slope: how many groups' mask rewards spread by more than
-0.05, of all groups and of those in which no mask reaches the Dice from which the dual reward goes by the mask.
+0.05, of all groups and of those in which no mask reaches the Dice from which the dual reward goes by the mask. Both
+also among the completions with a mask alone: there no spread is that of the form.
 """
 
 import argparse
@@ -36,7 +37,7 @@ if __name__ == "__main__":
     drawn = list(Draws(examples.weights, options.groups, config.seed))
     settings = {"dual": RewardSettings(), "plain": RewardSettings(plain_dice=True)}
     earned: dict[str, list[float]] = {name: [] for name in settings}
-    dices, valid = [], []
+    dices, valid, drawn_masks = [], [], []
     torch.manual_seed(config.seed)
     for start in tqdm(range(0, len(drawn), config.rows), desc="sampling"):
         asked = [examples[each] for each in drawn[start : start + config.rows]]
@@ -50,6 +51,7 @@ if __name__ == "__main__":
             earned[name] += got.segment.tolist()
         dices += [dice(c.mask, c.reference_mask) for c in seen]
         valid += [c.answer is not None for c in seen]
+        drawn_masks += [bool(c.mask.any()) for c in seen]
 
     groups = {name: np.array(values).reshape(-1, config.group_size) for name, values in earned.items()}
     groups["plain x beta"] = settings["dual"].beta * groups["plain"]
@@ -61,7 +63,10 @@ if __name__ == "__main__":
         f"valid, mean Dice {np.mean(dices):.3f}, Dice below {enough} in {100 * misses.mean():.1f} %, "
         f"and throughout the group in {100 * missed.mean():.1f} % of the groups"
     )
+    has_mask = np.array(drawn_masks).reshape(-1, config.group_size)
     for name, rewards in groups.items():
-        spread = np.ptp(rewards, axis=1) > MASK_SPREAD
-        among = f"{100 * spread[missed].mean():.1f} %" if missed.any() else "none such"
-        print(f"{name}: {100 * spread.mean():.1f} % of all groups spread, of those that missed {among}")
+        for whose, counted in (("all completions", np.ones_like(has_mask)), ("those with a mask", has_mask)):
+            least = np.where(counted, rewards, np.inf).min(axis=1)
+            spread = np.where(counted, rewards, -np.inf).max(axis=1) - least > MASK_SPREAD
+            among = f"{100 * spread[missed].mean():.1f} %" if missed.any() else "none such"
+            print(f"{name}, {whose}: {100 * spread.mean():.1f} % of all groups spread, of those that missed {among}")

@@ -197,8 +197,10 @@ class RewardSettings:
     def __post_init__(self) -> None:
         for name in ("format_weight", "detect_weight", "segment_weight", "faithfulness_weight"):
             require(0 <= getattr(self, name) < math.inf, f"reward.{name}", getattr(self, name), "0 or more")
-        for name in ("alpha", "beta"):
-            require(abs(getattr(self, name)) < math.inf, f"reward.{name}", getattr(self, name), "a number")
+        of_all = self.format_weight + self.detect_weight + self.segment_weight + self.faithfulness_weight
+        require(of_all > 0, "reward", "four weights of 0", "at least one weight above 0")
+        require(abs(self.alpha) < math.inf, "reward.alpha", self.alpha, "a number")
+        require(0 <= self.beta < math.inf, "reward.beta", self.beta, "0 or more: a better mask never earns less")
         require(0 <= self.dice_from <= 1, "reward.dice_from", self.dice_from, "between 0 and 1")
 
 
@@ -220,7 +222,8 @@ class GrpoConfig(StageConfig):
     advantage_weight: factor on the advantages; at 0 rollouts are made but only KL and mask loss act (an ablation).
     mask_truncated_completions: leave completions that hit the length limit out of the policy loss and the KL.
     reward: a table, see `RewardSettings`.
-    samples_every: every so many steps the completions of one prompt are written out with their masks; 0 never.
+    samples_every: every so many steps, by the next rollout, the completions of one prompt are written out with their
+    masks; 0 never.
     """
 
     learning_rate: float = 1e-5
@@ -250,6 +253,8 @@ class GrpoConfig(StageConfig):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         require(0 <= self.clip_low <= 1, "clip_low", self.clip_low, "between 0 and 1")
         require(self.loss_type in LOSS_TYPES, "loss_type", self.loss_type, "grpo, dr_grpo or dapo")
+        divides = self.loss_type != "dr_grpo" or self.max_new_tokens > 0
+        require(divides, "max_new_tokens", self.max_new_tokens, "above 0: dr_grpo divides by it, alike in every step")
 
     @property
     def rows(self) -> int:

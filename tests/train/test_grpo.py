@@ -34,6 +34,8 @@ from coreseg.train.grpo import (
     train_grpo,
     with_completions,
 )
+from coreseg.train.rewards import Completion, Rewards
+from coreseg.train.samples import figures
 
 # --- Advantages and loss ---
 
@@ -63,7 +65,7 @@ def rollout(counted: list[list[bool]], **changes: Any) -> Rollout:
     return Rollout(torch.zeros(real.shape, dtype=torch.long), real, real, torch.tensor([1.0, -2.0]), **changes)
 
 
-CONFIG = GrpoConfig(model="m", data=("d",), out="o", beta=0.5)
+CONFIG = GrpoConfig(model="m", data=("d",), out="o", beta=0.5, max_new_tokens=10)
 COUNTED = [[True, True, True], [True, False, False]]
 
 
@@ -482,6 +484,28 @@ def test_a_resumed_run_tells_nothing_twice(nano: Path, phantoms: Path, tmp_path:
     assert [[json.loads(line)["step"] for line in f.read_text(encoding="utf-8").splitlines()] for f in journals] == told
 
 
+def test_samples_come_with_the_next_rollout(nano: Path, phantoms: Path, tmp_path: Path) -> None:
+    config = settings(
+        nano, phantoms, tmp_path / "run", steps=8, updates=2, samples_every=3, eval_samples=0, max_new_tokens=4
+    )
+    journal = train_grpo(config) / "samples" / "samples.jsonl"
+    assert [json.loads(line)["step"] for line in journal.read_text(encoding="utf-8").splitlines()] == [0, 4, 6]
+
+
+def test_the_spread_of_masks_is_that_of_their_weighted_rewards() -> None:
+    nothing = np.zeros((4, 4), bool)
+    got = Rewards(*(np.array([0.0, 0.03, 0.5, 0.5]) for _ in range(5)))
+    seen = [Completion(None, nothing, [], nothing)] * 4
+    spread = {
+        weight: figures(
+            seen, got, np.array([True, True]),
+            settings("nano", "data", "out", group_size=2, reward=RewardSettings(segment_weight=weight)),
+        )["mask_spread"]
+        for weight in (1.0, 2.0)
+    }  # fmt: skip
+    assert spread == {1.0: 0.0, 2.0: 0.5}
+
+
 def test_a_run_leaves_what_people_look_at(nano: Path, phantoms: Path, tmp_path: Path) -> None:
     config = settings(
         nano, phantoms, tmp_path / "run", steps=2, eval_samples=2, eval_every=2, samples_every=1, max_new_tokens=12,
@@ -546,12 +570,27 @@ def test_memory_does_not_grow(nano: Path, phantoms: Path, tmp_path: Path) -> Non
         ({"loss_type": "ppo"}, "loss_type is 'ppo'; expected grpo, dr_grpo or dapo"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"clip_low": 1.5}, "clip_low is 1.5"),
+        ({"loss_type": "dr_grpo", "max_new_tokens": 0}, "max_new_tokens is 0; expected above 0: dr_grpo divides by it"),
     ],
     ids=str,
 )
 def test_bad_settings(changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         settings("nano", "data", "out", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"beta": -1.0}, "reward.beta is -1.0; expected 0 or more"),
+        ({"segment_weight": -1.0}, "reward.segment_weight is -1.0; expected 0 or more"),
+        ({"format_weight": 0.0, "detect_weight": 0.0, "segment_weight": 0.0}, "expected at least one weight above 0"),
+    ],
+    ids=str,
+)
+def test_bad_rewards(changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        RewardSettings(**changes)
 
 
 def test_what_the_machine_cannot_do_is_refused_before_anything_is_loaded(

@@ -1,5 +1,6 @@
 """Rewards: full marks for gold, hand-computed cases, a slope everywhere, nothing for bad form."""
 
+import random
 import time
 from itertools import permutations
 
@@ -114,6 +115,28 @@ def test_detect_is_the_best_of_all_pairings(predicted: list[Box], reference: lis
     best = max(sum(ious[row, column] for row, column in enumerate(order)) for order in pairings)
     assert score == pytest.approx(2 * best / (len(predicted) + len(reference)))
     assert detect_reward(said(*predicted[::-1]), reference) == pytest.approx(score)
+
+
+@given(some_boxes(), some_boxes(), st.randoms(use_true_random=False))
+def test_detect_knows_no_order(predicted: list[Box], reference: list[Box], rng: random.Random) -> None:
+    score = detect_reward(said(*predicted), reference)
+    for boxes in (predicted, reference):
+        rng.shuffle(boxes)
+    assert detect_reward(said(*predicted), reference) == pytest.approx(score)
+
+
+@given(*(some_boxes().filter(bool) for _ in range(3)))
+def test_of_two_masks_the_nearer_earns_more(first: list[Box], second: list[Box], reference: list[Box]) -> None:
+    truth = painted(*reference)
+    masks = [painted(*first), painted(*second)]
+    nearness = []
+    for mask in masks:
+        overlap, (box, hull) = dice(mask, truth), (tight_box(mask), tight_box(truth))
+        assert box and hull
+        nearness.append((True, overlap) if overlap >= DUAL.dice_from else (False, box_giou(box, hull)))
+    earned = [segment_reward(said(), mask, truth, DUAL) for mask in masks]
+    assert (earned[0] < earned[1]) == (nearness[0] < nearness[1])
+    assert (earned[0] > earned[1]) == (nearness[0] > nearness[1])
 
 
 @given(some_boxes(), some_boxes())

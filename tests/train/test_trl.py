@@ -117,3 +117,8 @@ def test_loss_and_gradients_equal_trl(qwen: Path, phantoms: Path, tmp_path: Path
     assert largest > 1e-4
     for name, gradient in our_gradients.items():
         torch.testing.assert_close(gradient, their_gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+    mine, expected = (
+        torch.cat([each.flatten() for each in gradients.values() if each is not None])
+        for gradients in (our_gradients, their_gradients)
+    )
+    assert (mine - expected).norm() <= 1e-5 * expected.norm()

@@ -347,9 +347,10 @@ class GrpoTrainer(StageTrainer):
         self.note(
             completion_tokens=completions.real.sum(1).float().mean(),
             truncated=1 - completions.ended.float().mean(),
-            **samples.figures(seen, got, has_spread, config.group_size),
+            **samples.figures(seen, got, has_spread, config),
         )
-        at_its_turn = config.samples_every and self.state.global_step % config.samples_every == 0
+        every = config.samples_every  # the first rollout from then on, which may be some updates later
+        at_its_turn = every and self.state.global_step % every < config.updates
         if number == 0 and at_its_turn and self.is_world_process_zero():
             texts = [self.processor.decode(ids) for ids in completions.written[: config.group_size]]
             folder, step = Path(config.out) / SAMPLES_FOLDER, self.state.global_step

@@ -8,20 +8,21 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool
 
+from coreseg.config import GrpoConfig
 from coreseg.imaging import overlay
 from coreseg.train.collate import Example
 from coreseg.train.rewards import Completion, Rewards
 from coreseg.train.trainer import SAMPLES_FILE, sheet
 
 MASK_SPREAD = 0.05
-"""A group's segment rewards must differ by more for the masks to teach anything."""
+"""A group's segment rewards, weighted, must differ by more for the masks to teach anything."""
 
 
 def figures(
-    seen: Sequence[Completion], got: Rewards, has_spread: Bool[np.ndarray, " groups"], group_size: int
+    seen: Sequence[Completion], got: Rewards, has_spread: Bool[np.ndarray, " groups"], config: GrpoConfig
 ) -> dict[str, float]:
     """Means over a rollout: of each reward, and of what drifts when a model learns to please the reward only."""
-    of_masks = got.segment.reshape(-1, group_size)
+    of_masks = config.reward.segment_weight * got.segment.reshape(-1, config.group_size)
     boxes = [len(c.answer.boxes) for c in seen if c.answer is not None]
     return {
         "reward": float(got.total.mean()),
