@@ -42,8 +42,9 @@ BACKBONE_LEARNING_RATE = 3e-4
 def add_budget(parser: argparse.ArgumentParser) -> None:
     """The options that the scripts of nano's own trainings share."""
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, required=True, help="of processor time; nano's: recipes/nano/run")
-    parser.add_argument("--steps", type=int, default=math.inf, help="end earlier, after so many")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--minutes", type=float, default=math.inf, help="of processor time; nano's: recipes/nano/run")
+    budget.add_argument("--steps", type=int, default=math.inf, help="in place of minutes")
     parser.add_argument("--seed", type=int, default=0)
 
 
