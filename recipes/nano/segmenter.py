@@ -131,15 +131,12 @@ def spatial_prompt(
     return torch.where(torch.from_numpy(use_box)[:, None, None, None], as_boxes, as_points), wanted
 
 
-def parameter_groups(model: EdgeTamModel, share: float = 1.0) -> list[dict[str, Any]]:
-    """What trains, with its learning rate, of which a `share` may be taken: slower in the backbone."""
+def parameter_groups(model: EdgeTamModel) -> list[dict[str, Any]]:
+    """What trains, with its learning rate: slower in the backbone."""
     backbone, others = [], []
     for name, parameter in model.named_parameters():
         (backbone if ".backbone." in name else others).append(parameter)
-    return [
-        {"params": backbone, "lr": share * BACKBONE_LEARNING_RATE},
-        {"params": others, "lr": share * LEARNING_RATE},
-    ]
+    return [{"params": backbone, "lr": BACKBONE_LEARNING_RATE}, {"params": others, "lr": LEARNING_RATE}]
 
 
 def freeze_statistics(model: torch.nn.Module) -> None:
