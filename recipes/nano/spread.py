@@ -37,7 +37,7 @@ if __name__ == "__main__":
     drawn = list(Draws(examples.weights, options.groups, config.seed))
     settings = {"dual": RewardSettings(), "plain": RewardSettings(plain_dice=True)}
     earned: dict[str, list[float]] = {name: [] for name in settings}
-    dices, valid, drawn_masks = [], [], []
+    dices, valid, with_mask = [], [], []
     torch.manual_seed(config.seed)
     for start in tqdm(range(0, len(drawn), config.rows), desc="sampling"):
         asked = [examples[each] for each in drawn[start : start + config.rows]]
@@ -51,7 +51,7 @@ if __name__ == "__main__":
             earned[name] += got.segment.tolist()
         dices += [dice(c.mask, c.reference_mask) for c in seen]
         valid += [c.answer is not None for c in seen]
-        drawn_masks += [bool(c.mask.any()) for c in seen]
+        with_mask += [bool(c.mask.any()) for c in seen]
 
     groups = {name: np.array(values).reshape(-1, config.group_size) for name, values in earned.items()}
     groups["plain x beta"] = settings["dual"].beta * groups["plain"]
@@ -63,10 +63,9 @@ if __name__ == "__main__":
         f"valid, mean Dice {np.mean(dices):.3f}, Dice below {enough} in {100 * misses.mean():.1f} %, "
         f"and throughout the group in {100 * missed.mean():.1f} % of the groups"
     )
-    has_mask = np.array(drawn_masks).reshape(-1, config.group_size)
+    without_mask = ~np.array(with_mask).reshape(-1, config.group_size)
     for name, rewards in groups.items():
-        for whose, counted in (("all completions", np.ones_like(has_mask)), ("those with a mask", has_mask)):
-            least = np.where(counted, rewards, np.inf).min(axis=1)
-            spread = np.where(counted, rewards, -np.inf).max(axis=1) - least > MASK_SPREAD
+        for whose, left_out in (("all completions", False), ("those with a mask", without_mask)):
+            spread = np.ma.ptp(np.ma.array(rewards, mask=left_out), axis=1).filled(0) > MASK_SPREAD
             among = f"{100 * spread[missed].mean():.1f} %" if missed.any() else "none such"
             print(f"{name}, {whose}: {100 * spread.mean():.1f} % of all groups spread, of those that missed {among}")

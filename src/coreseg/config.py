@@ -195,10 +195,11 @@ class RewardSettings:
     plain_dice: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("format_weight", "detect_weight", "segment_weight", "faithfulness_weight"):
+        weights = ("format_weight", "detect_weight", "segment_weight", "faithfulness_weight")
+        for name in weights:
             require(0 <= getattr(self, name) < math.inf, f"reward.{name}", getattr(self, name), "0 or more")
-        of_all = self.format_weight + self.detect_weight + self.segment_weight + self.faithfulness_weight
-        require(of_all > 0, "reward", "four weights of 0", "at least one weight above 0")
+        rewarded = any(getattr(self, name) for name in weights)
+        require(rewarded, "reward", "four weights of 0", "at least one weight above 0")
         require(abs(self.alpha) < math.inf, "reward.alpha", self.alpha, "a number")
         require(0 <= self.beta < math.inf, "reward.beta", self.beta, "0 or more: a better mask never earns less")
         require(0 <= self.dice_from <= 1, "reward.dice_from", self.dice_from, "between 0 and 1")
@@ -213,7 +214,7 @@ class GrpoConfig(StageConfig):
 
     group_size: completions sampled of each prompt, which are compared with each other (4 in the paper's figure).
     temperature: of sampling; log-probabilities are those of the tempered policy.
-    max_new_tokens: longest completion; 0 takes the longest answer that the answer grammar allows.
+    max_new_tokens: longest completion; 0 takes the longest answer that the answer grammar allows (not for dr_grpo).
     updates: optimiser steps made with one set of completions; from the second on ratios are clipped.
     clip_low, clip_high: the ratio of new to old probability counts within 1 - clip_low and 1 + clip_high.
     beta: weight of the KL divergence from the model that training starts from; 0 does without that model.
